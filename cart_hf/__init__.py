@@ -1,0 +1,31 @@
+"""cart-hf: merge fine-tuned Hugging Face encoders into one multi-task model with CART."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cart_hf.api import MergeResult, merge
+    from cart_hf.errors import UserError
+    from cart_hf.multitask import MultiTaskModel
+    from cart_hf.recipe import Recipe
+
+__all__ = ["MergeResult", "MultiTaskModel", "Recipe", "UserError", "__version__", "merge"]
+
+_HOMES = {
+    "merge": "cart_hf.api",
+    "MergeResult": "cart_hf.api",
+    "MultiTaskModel": "cart_hf.multitask",
+    "Recipe": "cart_hf.recipe",
+    "UserError": "cart_hf.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use: ``import cart_hf`` must not cost a torch import."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cart_hf' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,146 @@
+"""`cart_hf.merge`: the whole road from a recipe to an output folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cart_hf.errors import UserError
+from cart_hf.merging import Progress, choose_device, default_workers, run
+from cart_hf.output.card import write_card
+from cart_hf.output.folder import WorkFolder, check_space, check_target, tokenizer_source, write_folder
+from cart_hf.output.record import write_record
+from cart_hf.output.writer import WeightWriter
+from cart_hf.plan import Plan, lay_out, make_plan
+from cart_hf.recipe import Recipe, Reference, recipe_from_flags
+from cart_hf.sources import Checkpoint, open_checkpoint
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did.
+
+    :param output: the output folder.
+    :param plan: roles, ranks and warnings of every tensor.
+    :param seconds: wall time of each step.
+    """
+
+    output: Path
+    plan: Plan
+    seconds: Mapping[str, float]
+
+
+def merge(
+    recipe: Recipe | None = None,
+    *,
+    output: str | Path,
+    base: str | None = None,
+    models: Sequence[str] = (),
+    method: str = "cart",
+    weights: Sequence[float] | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    dtype: str | None = None,
+    out_dtype: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    tokenizer_source: str = "base",
+    **parameters: Any,
+) -> MergeResult:
+    """Merge fine-tuned models into one.
+
+    :param recipe: what to do; or leave it out and give ``models`` and the other arguments.
+    :param output: folder to write; it must not exist.
+    :param base: the pretrained model: a Hub id, ``id@revision`` or a folder.
+    :param models: the fine-tuned models, ``REF`` or ``NAME=REF``.
+    :param method: name of a merge method.
+    :param weights: one weight for each model.
+    :param device: ``auto``, ``cpu``, ``cuda``, ``mps`` ...
+    :param workers: worker threads; default: one per core. The result does not depend on it.
+    :param overwrite: replace an earlier output of cart-hf.
+    :param progress: called with (step, advance, total) as the work goes on.
+    :param parameters: the method's parameters, such as ``rank_ratio=0.08, scale=1.5``.
+    :raises UserError: when the recipe or an input is wrong; nothing is then left at ``output``.
+    """
+    if recipe is None:
+        recipe = recipe_from_flags(
+            base=base,
+            models=models,
+            method=method,
+            weights=weights,
+            parameters=parameters,
+            dtype=dtype,
+            out_dtype=out_dtype,
+            include=list(include) or None,
+            exclude=list(exclude) or None,
+            seed=seed,
+            max_shard_size=max_shard_size,
+            tokenizer_source=tokenizer_source,
+        )
+    elif base or models or parameters or weights:
+        raise UserError("give either a recipe or base, models and parameters, not both")
+    target = Path(output).expanduser()
+    check_target(target, overwrite=overwrite)
+    chosen = choose_device(device)
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    plan = plan_merge(recipe)
+    seconds["plan"] = time.perf_counter() - started
+    started = time.perf_counter()
+    for checkpoint in _everyone(plan):
+        checkpoint.fetch()
+    seconds["fetch"] = time.perf_counter() - started
+    _execute(plan, target, chosen, workers or default_workers(chosen), progress, seconds)
+    return MergeResult(target, plan, seconds)
+
+
+def plan_merge(recipe: Recipe) -> Plan:
+    """Open the recipe's models (configurations and headers only) and decide what happens to every tensor.
+
+    :raises UserError: with every problem found.
+    """
+    problems: list[str] = []
+
+    def opened(name: str, reference: Reference) -> Checkpoint | None:
+        try:
+            return open_checkpoint(name, reference)
+        except UserError as failure:
+            problems.extend(failure.problems)
+            return None
+
+    base = opened("base", recipe.base_model) if recipe.base_model else None
+    models = [opened(entry.name, entry.model) for entry in recipe.models]
+    if problems:
+        raise UserError(problems)
+    plan = make_plan(recipe, base, [model for model in models if model is not None])
+    tokenizer_source(plan)  # a wrong name must be found before the work
+    return plan
+
+
+def _execute(
+    plan: Plan, target: Path, device: Any, workers: int, progress: Progress | None, seconds: dict[str, float]
+) -> None:
+    shards = lay_out(plan)
+    with WorkFolder(target) as folder:
+        check_space(folder, sum(shard.nbytes for shard in shards))
+        started = time.perf_counter()
+        try:
+            with WeightWriter(folder, shards) as writer:
+                run(plan, device, writer.write, workers=workers, progress=progress)
+            seconds["merge"] = time.perf_counter() - started
+            write_folder(folder, plan, shards)
+            write_record(folder, plan, shards, seconds, str(device))
+            write_card(folder, plan, target.resolve().name)
+        except OSError as failure:
+            raise UserError(f"cannot write the output beside {target}: {failure.strerror or failure}") from failure
+
+
+def _everyone(plan: Plan) -> list[Checkpoint]:
+    return [*([plan.base] if plan.base else []), *plan.models]

@@ -1,0 +1,5 @@
+"""`cart-hf demo`."""
+
+
+def demo() -> None:
+    """The whole road."""

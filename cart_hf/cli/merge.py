@@ -1,0 +1,252 @@
+"""`cart-hf merge`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from cart_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from cart_hf.plan import Plan
+    from cart_hf.recipe import Recipe
+
+MODELS = Group("Models")
+METHOD = Group("Method")
+TENSORS = Group("Tensors")
+EXECUTION = Group("Execution")
+
+Words = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
+Numbers = Annotated[list[float] | None, Parameter(consume_multiple=True, negative=())]
+
+
+def merge(
+    recipe: Path | None = None,
+    output_folder: Path | None = None,
+    /,
+    *,
+    base: Annotated[str | None, Parameter(group=MODELS)] = None,
+    models: Annotated[Words, Parameter(group=MODELS)] = None,
+    weights: Annotated[Numbers, Parameter(group=MODELS)] = None,
+    tokenizer_source: Annotated[str | None, Parameter(group=MODELS)] = None,
+    method: Annotated[str | None, Parameter(group=METHOD)] = None,
+    rank_ratio: Annotated[float | None, Parameter(group=METHOD)] = None,
+    rank: Annotated[int | None, Parameter(group=METHOD)] = None,
+    energy: Annotated[float | None, Parameter(group=METHOD)] = None,
+    scale: Annotated[float | None, Parameter(group=METHOD)] = None,
+    density: Annotated[float | None, Parameter(group=METHOD)] = None,
+    fuse_qkv: Annotated[bool | None, Parameter(group=METHOD, negative=())] = None,
+    set_: Annotated[Words, Parameter(name="--set", group=METHOD)] = None,
+    seed: Annotated[int | None, Parameter(group=METHOD)] = None,
+    include: Annotated[Words, Parameter(group=TENSORS)] = None,
+    exclude: Annotated[Words, Parameter(group=TENSORS)] = None,
+    dtype: Annotated[Literal["float32", "float64", "bfloat16", "float16"] | None, Parameter(group=TENSORS)] = None,
+    out_dtype: Annotated[Literal["float32", "float64", "bfloat16", "float16"] | None, Parameter(group=TENSORS)] = None,
+    max_shard_size: Annotated[str | None, Parameter(group=TENSORS)] = None,
+    output: Annotated[Path | None, Parameter(group=EXECUTION)] = None,
+    device: Annotated[str, Parameter(group=EXECUTION)] = "auto",
+    workers: Annotated[int | None, Parameter(group=EXECUTION)] = None,
+    overwrite: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
+    dry_run: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
+    print_recipe: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
+    format: Annotated[Literal["human", "json"], Parameter(group=EXECUTION)] = "human",
+) -> None:
+    """Merge fine-tuned models into one.
+
+    Give a recipe file, or `--base` and `--models`. A model is a Hub id, `id@revision`, `org/name/sub/folder`, or a
+    local folder; `NAME=REF` names its task.
+
+    **Examples**
+
+    ```text
+    cart-hf merge --base openai/clip-vit-base-patch32 --output clip-3 --scale 2 \\
+        --models tanganke/clip-vit-base-patch32_{sun397,gtsrb,dtd}
+    cart-hf merge --base ./roberta --models sst2=./run1 cola=./run2 rte=./run3 --output merged
+    cart-hf merge recipe.yaml merged --dry-run
+    cart-hf merge --base B --models A1 A2 A3 --method ties --density 0.2 --print-recipe
+    ```
+
+    Parameters
+    ----------
+    recipe:
+        A recipe: mergekit's YAML with `models:`, plus our keys.
+    output_folder:
+        The folder to write.
+    base:
+        The pretrained model.
+    models:
+        The fine-tuned models, `REF` or `NAME=REF`, two or more.
+    weights:
+        A relative weight for each model.
+    tokenizer_source:
+        Whose tokenizer the output gets: `base` (default), or a model's name.
+    method:
+        cart (default), average, task_arithmetic, ties, consensus, dare, or one that an installed package adds.
+    rank_ratio:
+        cart: the rank kept, as a fraction of the smaller dimension (default 0.08).
+    rank:
+        cart: the rank kept, instead of `--rank-ratio`.
+    energy:
+        cart: the share of the squared singular values kept, instead of `--rank-ratio`.
+    scale:
+        Factor of the merged update: λ of cart (default 1), task_arithmetic, ties ...
+    density:
+        ties, dare: the fraction of entries kept.
+    fuse_qkv:
+        cart: decompose query, key and value stacked, as in the paper's open_clip checkpoints.
+    set_:
+        Any other parameter of the method, as KEY=VALUE.
+    seed:
+        Seed of the methods that draw random numbers (default 0).
+    include:
+        Also decompose the matrices that match: part of a name, a glob, or `re:REGEX`.
+    exclude:
+        Only average the tensors that match.
+    dtype:
+        Type of the arithmetic: float32 (default) or float64; a half type means a half-precision output.
+    out_dtype:
+        Type of the output's tensors; default: the inputs'.
+    max_shard_size:
+        Largest weight file (default 5GB).
+    output:
+        The folder to write (the same as the second argument).
+    device:
+        auto, cpu, cuda, cuda:1, mps ...
+    workers:
+        Worker threads; default: one per core. The bytes written do not depend on it.
+    overwrite:
+        Replace an earlier output of cart-hf.
+    dry_run:
+        Read configurations and headers only, print the plan, write nothing.
+    print_recipe:
+        Print the recipe that these flags amount to, as YAML, and stop.
+    format:
+        What stdout gets: a summary for people, or JSON.
+    """
+    from cart_hf.recipe import Recipe, recipe_from_flags
+
+    if recipe is not None and output_folder is None and output is None and models and not recipe.is_file():
+        recipe, output_folder = None, recipe  # `cart-hf merge OUT --base B --models A1 A2`
+    parameters = {
+        "rank_ratio": rank_ratio,
+        "rank": rank,
+        "energy": energy,
+        "scale": scale,
+        "density": density,
+        "fuse_qkv": fuse_qkv,
+        **_key_values(set_ or []),
+    }
+    settings: dict[str, Any] = {
+        "base": base,
+        "models": models,
+        "weights": weights,
+        "tokenizer_source": tokenizer_source,
+        "method": method,
+        "seed": seed,
+        "include": include,
+        "exclude": exclude,
+        "dtype": dtype,
+        "out_dtype": out_dtype,
+        "max_shard_size": max_shard_size,
+    }
+    if recipe is not None:
+        given = [name for name, value in (settings | parameters).items() if value is not None]
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"{flags}: with a recipe file, edit the recipe instead")
+        what = Recipe.load(recipe)
+    elif models:
+        kept = {name: value for name, value in settings.items() if value is not None}
+        what = recipe_from_flags(parameters=parameters, **{"base": None, **kept})
+    else:
+        raise UserError("nothing to merge: give a recipe file, or --base and --models (see cart-hf merge --help)")
+    if print_recipe:
+        print(what.to_yaml(), end="")  # noqa: T201
+        return
+    target = output or output_folder
+    if target is None and not dry_run:
+        raise UserError("no output folder: give it after the recipe, or with --output")
+    _merge(what, target, device=device, workers=workers, overwrite=overwrite, dry_run=dry_run, format=format)
+
+
+def _merge(
+    recipe: Recipe,
+    target: Path | None,
+    *,
+    device: str,
+    workers: int | None,
+    overwrite: bool,
+    dry_run: bool,
+    format: str,
+) -> None:
+    import cart_hf
+    from cart_hf.api import plan_merge
+    from cart_hf.cli import preview
+    from cart_hf.cli.console import out, progress_bars, quiet_libraries, size, warn
+    from cart_hf.merging import choose_device, default_workers
+    from cart_hf.output import check_target
+
+    with quiet_libraries():
+        if dry_run:
+            if target is not None:
+                check_target(target, overwrite=overwrite)
+            plan = plan_merge(recipe)
+            threads = workers or default_workers(choose_device(device))
+            if format == "json":
+                print(json.dumps(preview.as_json(plan, threads), indent=2))  # noqa: T201
+            else:
+                preview.show(plan, threads)
+            return
+        assert target is not None
+        with progress_bars() as bars:
+            result = cart_hf.merge(
+                recipe, output=target, device=device, workers=workers, overwrite=overwrite, progress=bars
+            )
+    for warning in result.plan.warnings:
+        warn(warning)
+    if format == "json":
+        print((result.output / "merge.json").read_text(encoding="utf-8"), end="")  # noqa: T201
+        return
+    plan = result.plan
+    out.print(f"{headline(plan)}")
+    took = result.seconds.get("merge", 0.0)
+    out.print(
+        f"wrote {size(plan.nbytes)} to {result.output} in {sum(result.seconds.values()):.1f} s ({took:.1f} s merging)"
+    )
+    loader = "CLIPModel" if plan.output_class == "CLIPModel" else "AutoModel"
+    out.print(f'load it: transformers.{loader}.from_pretrained("{result.output}")')
+    if plan.heads:
+        first = next(iter(plan.heads))
+        kind = next(m for m in plan.models if m.name == first).architecture.class_name
+        out.print(f'a task:  transformers.{kind}.from_pretrained("{result.output}", subfolder="tasks/{first}")')
+        out.print(f'all:     cart_hf.MultiTaskModel.from_pretrained("{result.output}")')
+
+
+def headline(plan: Plan) -> str:
+    """One line: what was merged how, and on how many tensors the method acted."""
+    acted = plan.count("low_rank") if plan.method.low_rank else plan.count("elementwise")
+    kind = "low-rank" if plan.method.low_rank else plan.method.name
+    parts = [f"{kind}: {acted} of {len(plan.tensors)} tensors"] if acted else []
+    parts += [f"averaged: {plan.count('average')}"] if plan.count("average") else []
+    parts += [f"from the base: {plan.count('base')}"] if plan.count("base") else []
+    parts += [f"heads kept: {len(plan.heads)}"] if plan.heads else []
+    return f"{plan.method.name}, {len(plan.models)} models into one {plan.output_class} - " + ", ".join(parts)
+
+
+def _key_values(words: list[str]) -> dict[str, Any]:
+    """Read ``KEY=VALUE`` words, values as YAML reads them.
+
+    :raises UserError: for a word without ``=``.
+    """
+    import yaml
+
+    pairs = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {word}: expected KEY=VALUE")
+        pairs[key] = yaml.safe_load(value)
+    return pairs

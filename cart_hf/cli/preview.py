@@ -1,0 +1,99 @@
+"""What `--dry-run` shows: the plan as a table, or as JSON."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rich.table import Table
+
+from cart_hf.cli.console import out, size, warn
+from cart_hf.cli.merge import headline
+from cart_hf.plan import Plan, PlannedTensor
+
+
+def grouped(plan: Plan) -> list[dict[str, Any]]:
+    """Gather tensors that differ only in their block's number: pattern, role, shapes, ranks, count, bytes."""
+    rows: dict[tuple[str, str, str], list[PlannedTensor]] = {}
+    for tensor in plan.tensors:
+        pattern = re.sub(r"\.\d+\.", ".*.", tensor.name)
+        rows.setdefault((pattern, tensor.role, tensor.reason), []).append(tensor)
+    return [
+        {
+            "tensors": pattern,
+            "role": role,
+            "reason": reason,
+            "count": len(members),
+            "shape": list(members[0].shape),
+            "rank": _rank(members),
+            "models": len(members[0].inputs),
+            "bytes": sum(t.nbytes for t in members),
+        }
+        for (pattern, role, reason), members in rows.items()
+    ]
+
+
+def _summary(plan: Plan) -> list[tuple[str, ...]]:
+    """Return a row for each pattern of decomposed tensors, and one for each reason among the others."""
+    rows: list[tuple[str, ...]] = []
+    others: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in grouped(plan):
+        if row["role"] == "low_rank":
+            shape = " x ".join(map(str, row["shape"]))
+            rows.append(("low_rank", row["tensors"], shape, row["rank"] or "", str(row["count"]), size(row["bytes"])))
+        else:
+            others.setdefault((row["role"], row["reason"]), []).append(row)
+    for (role, reason), members in others.items():
+        count, nbytes = sum(m["count"] for m in members), sum(m["bytes"] for m in members)
+        rows.append((role, "" if reason == role else f"({reason})", "", "", str(count), size(nbytes)))
+    return rows
+
+
+def _rank(members: list[PlannedTensor]) -> str | None:
+    energies = {t.energy for t in members if t.energy is not None}
+    if energies:
+        return f"energy {min(energies):g}" if len(energies) == 1 else f"energy {min(energies):g}-{max(energies):g}"
+    ranks = sorted({t.rank for t in members if t.rank is not None})
+    if not ranks:
+        return None
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+
+
+def as_json(plan: Plan, workers: int) -> dict[str, Any]:
+    """Return the plan for programs."""
+    return {
+        "method": plan.method.name,
+        "output_class": plan.output_class,
+        "models": [str(model.reference) for model in plan.models],
+        "groups": grouped(plan),
+        "heads": {name: [tensor.key for tensor in head] for name, head in plan.heads.items()},
+        "output_bytes": plan.nbytes,
+        "memory_bytes": plan.memory(workers),
+        "workers": workers,
+        "warnings": list(plan.warnings),
+    }
+
+
+def show(plan: Plan, workers: int) -> None:
+    """Print the plan for people; nothing was written."""
+    table = Table("role", "tensors", "shape", "rank", "count", "bytes", box=None, pad_edge=False)
+    table.columns[1].overflow = "fold"
+    for column in table.columns[2:]:
+        column.justify, column.no_wrap = "right", True
+    for row in _summary(plan):
+        table.add_row(*row)
+    out.print(table)
+    for name, head in plan.heads.items():
+        out.print(f"head of {name}: {', '.join(tensor.key for tensor in head)}")
+    for model in plan.models:
+        if model.ignored:
+            out.print(
+                f"{model.name}: {len(model.ignored)} tensors belong to no part of {model.architecture.class_name}"
+            )
+    out.print(headline(plan))
+    out.print(
+        f"output {size(plan.nbytes)}, about {size(plan.memory(workers))} of memory for tensors with {workers} workers; "
+        "dry run: nothing was written"
+    )
+    for warning in plan.warnings:
+        warn(warning)

@@ -1,0 +1,35 @@
+"""Which device does the arithmetic."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from cart_hf.errors import UserError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device called ``name``; ``auto`` is accelerate's choice (cuda, mps, xpu ... or cpu).
+
+    :raises UserError: when the device does not exist here, or several processes were launched.
+    """
+    from accelerate import PartialState
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("cart-hf merge runs as one process (it uses every core): start it without a launcher")
+    if name == "auto":
+        return torch.device(PartialState().device)
+    try:
+        device = torch.device(name)
+    except RuntimeError as failure:
+        raise UserError(f"--device: '{name}' is not a device; use auto, cpu, cuda, cuda:1 or mps") from failure
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as failure:
+        raise UserError(f"--device: '{name}' is not available on this machine ({_first_line(failure)})") from failure
+    return device
+
+
+def _first_line(failure: BaseException) -> str:
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[0]

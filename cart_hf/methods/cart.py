@@ -1,0 +1,84 @@
+"""CART: centre the task vectors at the weight average and keep their top singular directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cart_hf.methods.average import average
+from cart_hf.methods.parameters import WEIGHT, Parameter
+from cart_hf.methods.registry import method
+
+if TYPE_CHECKING:
+    import torch
+
+RANK_RATIO = Parameter(
+    "rank_ratio", 0.08, "rank kept, as a fraction of the smaller dimension", above=0, high=1, planning=True
+)
+RANK = Parameter("rank", None, "rank kept, in singular directions", kind="integer", low=1, planning=True)
+ENERGY = Parameter(
+    "energy",
+    None,
+    "rank kept: the least that holds this share of sum(sigma^2)",
+    above=0,
+    high=1,
+    planning=True,
+)
+
+
+@method(
+    "cart",
+    parameters=(
+        RANK_RATIO,
+        RANK,
+        ENERGY,
+        Parameter(
+            "scale",
+            1.0,
+            "factor of the summed low-rank parts (λ; the paper code's prior)",
+            aliases=("prior",),
+        ),
+        WEIGHT,
+        Parameter(
+            "fuse_qkv",
+            False,
+            "decompose query, key and value stacked, as in the paper's open_clip layout",
+            kind="boolean",
+            planning=True,
+        ),
+    ),
+    one_of=("rank_ratio", "rank", "energy"),
+    summary="the average plus the scaled low-rank parts of the centred task vectors",
+    equation="merged = A + scale * sum_t lowrank_k(W_t - A),  A = mean_t W_t",
+    citation="Choi et al., Revisiting weight averaging for model merging (arXiv 2412.12153)",
+    needs_base=False,
+    low_rank=True,
+)
+def cart(
+    *,
+    models: torch.Tensor,
+    scale: float,
+    weight: Sequence[float],
+    rank: int | None = None,
+    energy: float | None = None,
+) -> torch.Tensor:
+    """Return ``A + scale * sum_t w_t L_t`` for one matrix (the paper's rule, with weights).
+
+    ``A = sum_t w_t W_t / sum_t w_t`` is the centre, ``L_t`` the best rank-``rank`` approximation of ``W_t - A``, and
+    the weights are scaled to mean 1, so equal weights are the paper's CART and any weights give the centre at full
+    rank. With two models the two terms cancel and the result is the centre for every rank and scale.
+
+    :param models: shape (T, m, n), float32 or float64; overwritten.
+    :param rank: k, 1 <= k <= min(m, n); None when ``energy`` decides.
+    :param energy: share of each centred matrix's squared Frobenius norm to keep, in (0, 1].
+    :raises DecompositionError: when an eigenproblem does not converge or its result is not finite.
+    """
+    from cart_hf.linalg import sum_of_low_rank
+
+    centre = average(models=models, weight=weight)
+    if rank is not None and rank >= min(centre.shape):
+        return centre  # the centred task vectors sum to zero: spare the rounding
+    mean_weight = sum(weight) / len(weight)
+    centred = models.sub_(centre)
+    update = sum_of_low_rank(centred, [w / mean_weight for w in weight], rank=rank, energy=energy)
+    return centre.add_(update, alpha=scale)

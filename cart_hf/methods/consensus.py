@@ -1,0 +1,52 @@
+"""Consensus task arithmetic: keep the entries that at least two tasks need (TALL masks)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cart_hf.methods.parameters import Parameter
+from cart_hf.methods.registry import method
+
+if TYPE_CHECKING:
+    import torch
+
+
+@method(
+    "consensus",
+    parameters=(
+        Parameter("scale", 0.3, "factor of the masked sum of task vectors", aliases=("lambda",)),
+        Parameter(
+            "mask_threshold",
+            0.6,
+            "λ of the TALL mask: larger keeps fewer entries (the authors search 0.2 to 0.6 per task)",
+            low=0,
+            per_model=True,
+        ),
+        Parameter("min_tasks", 2, "how many tasks must need an entry", kind="integer", low=0),
+    ),
+    summary="task arithmetic on the entries that several tasks need",
+    equation="merged = base + scale * consensus_mask * sum_t (W_t - base)",
+    citation="Wang et al., Localizing task information (arXiv 2405.07813)",
+)
+def consensus(
+    *,
+    models: torch.Tensor,
+    base: torch.Tensor,
+    scale: float,
+    mask_threshold: Sequence[float],
+    min_tasks: int,
+) -> torch.Tensor:
+    """Return ``base + scale * [count_t(m_t) >= min_tasks] * τ`` with ``τ = sum_t τ_t``.
+
+    The mask of task t is ``m_t = |τ_t| > λ_t |τ - τ_t|``: where the task's own update is not drowned by the others'.
+
+    :param models: shape (T, ...), float.
+    :param base: shape (...).
+    """
+    task_vectors = models.sub_(base)
+    total = task_vectors.sum(dim=0)
+    votes = base.new_zeros(base.shape)
+    for task_vector, threshold in zip(task_vectors, mask_threshold, strict=True):
+        votes.add_(task_vector.abs() > (total - task_vector).abs_().mul_(threshold))
+    return total.mul_(votes >= min_tasks).mul_(scale).add_(base)

@@ -1,0 +1,63 @@
+"""DARE: drop random entries of the task vectors and rescale the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cart_hf.methods.parameters import WEIGHT, Parameter
+from cart_hf.methods.registry import method
+from cart_hf.methods.task_arithmetic import NORMALIZE, SCALE, task_arithmetic
+
+if TYPE_CHECKING:
+    import torch
+
+
+@method(
+    "dare",
+    aliases=("dare_linear",),
+    parameters=(
+        SCALE,
+        Parameter(
+            "density",
+            0.5,
+            "probability that an entry is kept (1 - p of the paper)",
+            above=0,
+            high=1,
+            per_model=True,
+        ),
+        WEIGHT,
+        NORMALIZE,
+        Parameter("rescale", True, "divide the kept entries by the density", kind="boolean"),
+    ),
+    summary="task arithmetic on randomly thinned, rescaled task vectors",
+    equation="merged = base + scale * sum_t w_t mask_t (W_t - base) / density",
+    citation="Yu et al., Language models are super Mario (arXiv 2311.03099)",
+    random=True,
+)
+def dare(
+    *,
+    models: torch.Tensor,
+    base: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    scale: float,
+    density: Sequence[float],
+    weight: Sequence[float],
+    normalize: bool = False,
+    rescale: bool = True,
+) -> torch.Tensor:
+    """Keep each entry of ``τ_t`` with probability ``density``, divide it by ``density``, then do task arithmetic.
+
+    The division by the density keeps the expectation (the paper's 1/(1-p)); mergekit rescales to the old L1 norm of
+    the tensor instead, so its numbers differ.
+
+    :param models: shape (T, ...), float.
+    :param base: shape (...).
+    :param generators: T seeded CPU generators; the masks are drawn on the CPU so that every device gives the same.
+    """
+    for model, generator, keep in zip(models, generators, density, strict=True):
+        task_vector = model.sub_(base)
+        kept = task_vector.new_empty(task_vector.shape, device="cpu").uniform_(generator=generator) < keep
+        task_vector.mul_(kept.to(task_vector.device))
+        model.mul_(1.0 / keep if rescale else 1.0).add_(base)
+    return task_arithmetic(models=models, base=base, scale=scale, weight=weight, normalize=normalize)

@@ -1,0 +1,137 @@
+"""The registry of merge methods: ours, and those that a user's package adds by the entry point `cart_hf.methods`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, TypeVar
+
+from cart_hf.errors import UserError, did_you_mean
+from cart_hf.methods.parameters import Parameter
+
+if TYPE_CHECKING:
+    import torch
+
+    Merge = Callable[..., torch.Tensor]
+
+F = TypeVar("F", bound="Callable[..., object]")
+
+ENTRY_POINT_GROUP = "cart_hf.methods"
+BUILT_IN = ("cart", "average", "task_arithmetic", "ties", "consensus", "dare")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: one pure function and what the other rooms must know about it.
+
+    :param name: its name in recipes (``merge_method``) and flags (``--method``).
+    :param function: the tensors of one name in, the merged tensor out; see :func:`method` for its arguments.
+    :param parameters: what it may be told.
+    :param summary: one line for ``--help`` and the model card.
+    :param equation: the rule in plain text, for the model card.
+    :param citation: where it comes from.
+    :param needs_base: whether the arithmetic uses the base model's tensor.
+    :param low_rank: True when it decomposes whole matrices: it is then applied to the Linear weights of the blocks
+        only, and every other tensor is averaged. False: it works element by element on every floating tensor, and may
+        be given any slice of them.
+    :param one_of: names of parameters of which at most one may be given.
+    :param survey: name of a statistic over all the tensors of a model which the function needs beforehand.
+    :param random: True when the function takes ``generators``, one seeded generator per model.
+    """
+
+    name: str
+    function: Merge
+    parameters: tuple[Parameter, ...]
+    summary: str
+    equation: str
+    citation: str
+    needs_base: bool = True
+    low_rank: bool = False
+    one_of: tuple[str, ...] = ()
+    survey: str | None = None
+    random: bool = False
+    aliases: tuple[str, ...] = field(default=())
+
+    def parameter(self, name: str) -> Parameter | None:
+        """Return the parameter called ``name`` (or having that alias), or None."""
+        return next((p for p in self.parameters if name == p.name or name in p.aliases), None)
+
+    def parameter_names(self) -> list[str]:
+        """Return every name a recipe may use, aliases included."""
+        return [name for p in self.parameters for name in (p.name, *p.aliases)]
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str,
+    *,
+    parameters: tuple[Parameter, ...] = (),
+    summary: str,
+    equation: str,
+    citation: str,
+    needs_base: bool = True,
+    low_rank: bool = False,
+    one_of: tuple[str, ...] = (),
+    survey: str | None = None,
+    random: bool = False,
+    aliases: tuple[str, ...] = (),
+) -> Callable[[F], F]:
+    """Register the decorated function as the merge method ``name``.
+
+    The function is called with keyword arguments only: ``models`` (a tensor of shape (T, ...): the T models' tensors
+    of one name, float32 or float64), ``base`` (the base model's tensor, shape (...), when ``needs_base``), one
+    argument for each declared parameter (a list of T values for a ``per_model`` one), ``rank`` (int or None) and
+    ``energy`` (float or None) when ``low_rank``, ``thresholds`` (a list of T floats) when ``survey="magnitude"``, and
+    ``generators`` when ``random``. It returns the merged tensor and may overwrite ``models``, never ``base``.
+    """
+
+    def register(function: F) -> F:
+        _METHODS[name] = Method(
+            name=name,
+            function=function,  # type: ignore[arg-type]
+            parameters=parameters,
+            summary=summary,
+            equation=equation,
+            citation=citation,
+            needs_base=needs_base,
+            low_rank=low_rank,
+            one_of=one_of,
+            survey=survey,
+            random=random,
+            aliases=aliases,
+        )
+        return function
+
+    return register
+
+
+@cache
+def _load_all() -> None:
+    for name in BUILT_IN:
+        importlib.import_module(f"cart_hf.methods.{name}")
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        entry.load()
+
+
+def all_methods() -> dict[str, Method]:
+    """Return every registered method by name."""
+    _load_all()
+    return dict(_METHODS)
+
+
+def get_method(name: str) -> Method:
+    """Return the method called ``name`` or having that alias.
+
+    :raises UserError: when there is none; the message suggests the closest name.
+    """
+    methods = all_methods()
+    for known in methods.values():
+        if name == known.name or name in known.aliases:
+            return known
+    names = [alias for known in methods.values() for alias in (known.name, *known.aliases)]
+    raise UserError(f"merge_method: unknown method '{name}'{did_you_mean(name, names)}")

@@ -1,0 +1,202 @@
+"""Writing the output folder beside its target, and making it appear with one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from cart_hf.errors import UserError
+from cart_hf.output.record import MERGE_FILE, RECIPE_FILE
+from cart_hf.plan import Plan, Shard
+from cart_hf.recipe import Reference
+from cart_hf.sources import DTYPES, Checkpoint
+
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+PROCESSOR_FILES = (
+    "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
+OTHER_FILES = ("generation_config.json",)
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that exists, unless ``overwrite`` and it is an earlier output of ours (or empty).
+
+    :raises UserError: with what to do.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{target} exists; choose another output, or --overwrite to replace it")
+    if not (target.is_dir() and (target / MERGE_FILE).is_file()):
+        raise UserError(
+            f"{target} is not an output of cart-hf (no {MERGE_FILE}): it is not overwritten; remove it yourself"
+        )
+
+
+class WorkFolder:
+    """A hidden folder beside the target; renamed to it on success, removed on failure.
+
+    :raises UserError: when the target's parent cannot be written.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self.path = target
+
+    def __enter__(self) -> Path:
+        try:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(
+                tempfile.mkdtemp(prefix=f".{self._target.name}.", suffix=".partial", dir=self._target.parent)
+            )
+            self.path.chmod(0o755)  # mkdtemp's 0700 would follow the folder to its final name
+        except OSError as failure:
+            raise UserError(f"cannot write beside {self._target}: {failure.strerror or failure}") from failure
+        return self.path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        old = None
+        if self._target.exists():
+            old = self.path.with_suffix(".old")
+            self._target.rename(old)
+        self.path.rename(self._target)
+        if old is not None:
+            shutil.rmtree(old)
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Refuse to start when the disk cannot hold the output.
+
+    :raises UserError: with both numbers.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise UserError(f"the output needs {nbytes / 1e9:.2f} GB, the disk of {folder} has {free / 1e9:.2f} GB free")
+
+
+def write_folder(folder: Path, plan: Plan, shards: Sequence[Shard]) -> None:
+    """Write everything around the weight files: configurations, indexes, tokenizer, task heads."""
+    _write_json(folder / "config.json", plan.output_config)
+    if len(shards) > 1:
+        weight_map = {tensor.key: shard.filename for shard in shards for tensor in shard.tensors}
+        _write_index(folder, weight_map, plan.nbytes)
+    donor = tokenizer_source(plan)
+    _copy_files([donor, *_others(plan, donor)], folder, TOKENIZER_FILES)
+    _copy_files(_everyone(plan), folder, PROCESSOR_FILES)
+    _copy_files(_everyone(plan)[:1], folder, OTHER_FILES)
+    for model in plan.models:
+        if model.name in plan.heads:
+            _write_task(folder, plan, model, shards)
+
+
+def tokenizer_source(plan: Plan) -> Checkpoint:
+    """Return the checkpoint whose tokenizer the output gets.
+
+    :raises UserError: when ``tokenizer_source`` names none of the recipe's models.
+    """
+    wanted = plan.recipe.tokenizer_source
+    if wanted == "base":
+        return _everyone(plan)[0]
+    for checkpoint in _everyone(plan):
+        if wanted in (checkpoint.name, str(checkpoint.reference)) or Reference(wanted) == checkpoint.reference:
+            return checkpoint
+    names = ", ".join(checkpoint.name for checkpoint in plan.models)
+    raise UserError(f"tokenizer_source: '{wanted}' is neither 'base' nor one of the models ({names})")
+
+
+def _everyone(plan: Plan) -> list[Checkpoint]:
+    return [*([plan.base] if plan.base else []), *plan.models]
+
+
+def _others(plan: Plan, donor: Checkpoint) -> list[Checkpoint]:
+    return [checkpoint for checkpoint in _everyone(plan) if checkpoint is not donor]
+
+
+def _copy_files(donors: Iterable[Checkpoint], folder: Path, names: Sequence[str]) -> None:
+    """Copy the named files of the first donor that has any."""
+    for donor in donors:
+        present = [name for name in names if (donor.folder / name).is_file()]
+        for name in present:
+            shutil.copyfile(donor.folder / name, folder / name)
+        if present:
+            return
+
+
+def _write_task(folder: Path, plan: Plan, model: Checkpoint, shards: Sequence[Shard]) -> None:
+    """Write ``tasks/NAME``: the merged backbone by hard link, and the model's own head, labels and tokenizer."""
+    task = folder / "tasks" / model.name
+    task.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in shards:
+        if shard.shared:
+            # another name than the root's: transformers would take a model.safetensors for the whole model
+            linked = shard.filename.replace("model", "backbone", 1)
+            _link(folder / shard.filename, task / linked)
+            weight_map |= {tensor.key: linked for tensor in shard.tensors}
+            total += sum(tensor.nbytes for tensor in shard.tensors)
+    head = {tensor.key: _head_tensor(plan, model, tensor.name) for tensor in plan.heads[model.name]}
+    save_file(head, task / "head.safetensors", metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(head, "head.safetensors")
+    _write_index(task, weight_map, total + sum(t.numel() * t.element_size() for t in head.values()))
+    config = {k: v for k, v in model.config.items() if k not in ("_name_or_path", "torch_dtype", "dtype")}
+    config |= {"architectures": [model.architecture.class_name], "dtype": plan.output_config["dtype"]}
+    _write_json(task / "config.json", config)
+    _copy_files([model, tokenizer_source(plan)], task, TOKENIZER_FILES)
+    _copy_files([model, *_everyone(plan)], task, PROCESSOR_FILES)
+
+
+def _head_tensor(plan: Plan, model: Checkpoint, name: str) -> torch.Tensor:
+    stored = model.tensors[name].stored
+    values = model.read(name).view(stored.shape)
+    dtype = getattr(torch, plan.output_config["dtype"])
+    if not DTYPES[stored.dtype].is_floating_point:
+        return values
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(
+            f"tensor '{name}' of {model.name} ({model.reference}) holds NaN or Inf: the checkpoint is broken"
+        )
+    return values.to(dtype)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _write_index(folder: Path, weight_map: Mapping[str, str], nbytes: int) -> None:
+    _write_json(
+        folder / INDEX_FILE, {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+__all__ = ["RECIPE_FILE", "WorkFolder", "check_space", "check_target", "tokenizer_source", "write_folder"]

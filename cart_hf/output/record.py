@@ -1,0 +1,106 @@
+"""What was done, written down: `merge.json` for programs and the resolved recipe for running it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cart_hf import __version__
+from cart_hf.plan import Plan, Shard
+from cart_hf.recipe import Recipe, Reference
+from cart_hf.sources import Checkpoint
+
+MERGE_FILE, RECIPE_FILE = "merge.json", "cart_hf.yaml"
+_PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "scipy")
+
+
+def resolved_recipe(plan: Plan) -> Recipe:
+    """Return the recipe with every Hub reference pinned to the commit that was used."""
+
+    def pinned(reference: Reference, checkpoint: Checkpoint) -> Reference:
+        return Reference(reference.path, checkpoint.commit or reference.revision, reference.subfolder)
+
+    models = tuple(
+        entry.model_copy(update={"model": pinned(entry.model, checkpoint)})
+        for entry, checkpoint in zip(plan.recipe.models, plan.models, strict=True)
+    )
+    base = plan.recipe.base_model
+    if base is not None and plan.base is not None:
+        base = pinned(base, plan.base)
+    return plan.recipe.model_copy(update={"models": models, "base_model": base})
+
+
+def record(plan: Plan, shards: list[Shard], seconds: dict[str, float], device: str) -> dict[str, Any]:
+    """Return the contents of ``merge.json``."""
+    return {
+        "cart_hf": __version__,
+        "method": plan.method.name,
+        "equation": plan.method.equation,
+        "citation": plan.method.citation,
+        "parameters": plan.recipe.parameters,
+        "output_class": plan.output_class,
+        "base": _source(plan.base) if plan.base else None,
+        "models": [_source(model) for model in plan.models],
+        "counts": {role: plan.count(role) for role in ("low_rank", "elementwise", "average", "base")}
+        | {"heads": sum(map(len, plan.heads.values()))},
+        "tensors": {
+            tensor.name: {"key": tensor.key, "role": tensor.role, "reason": tensor.reason}
+            | ({"rank": tensor.rank} if tensor.rank else {})
+            | ({"energy": tensor.energy} if tensor.energy else {})
+            for tensor in plan.tensors
+        },
+        "files": {shard.filename: shard.nbytes for shard in shards},
+        "warnings": list(plan.warnings),
+        "seconds": {step: round(value, 3) for step, value in seconds.items()},
+        "device": device,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages a result depends on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "name": checkpoint.name,
+        "reference": str(checkpoint.reference),
+        "commit": checkpoint.commit,
+        "class": checkpoint.architecture.class_name,
+        "ignored_tensors": list(checkpoint.ignored),
+        "files": {name: _fingerprint(file.fetch()) for name, file in checkpoint.files.items()},
+    }
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Identify a weight file without reading it whole: its size, and a hash of its header.
+
+    In the Hub's cache an LFS file is stored under its own SHA-256, which is then recorded as well.
+    """
+    real = path.resolve()
+    size = real.stat().st_size
+    with real.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little") if path.suffix == ".safetensors" else 2**16
+        digest = hashlib.sha256(head + file.read(min(length, size))).hexdigest()
+    found = {"bytes": size, "header_sha256": digest}
+    if len(real.name) == 64 and all(c in "0123456789abcdef" for c in real.name):
+        found["sha256"] = real.name
+    return found
+
+
+def write_record(folder: Path, plan: Plan, shards: list[Shard], seconds: dict[str, float], device: str) -> None:
+    """Write ``merge.json`` and the resolved recipe."""
+    data = json.dumps(record(plan, shards, seconds, device), indent=2, ensure_ascii=False, default=str)
+    (folder / MERGE_FILE).write_text(data + "\n", encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(resolved_recipe(plan).to_yaml(), encoding="utf-8")

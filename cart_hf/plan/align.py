@@ -1,0 +1,118 @@
+"""Aligning checkpoints: which tensor of each model is which tensor of the merged one, and which are its head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cart_hf.errors import shorten
+from cart_hf.sources import Architecture, Checkpoint, StoredTensor, describe
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A checkpoint seen from the merged model.
+
+    :param checkpoint: the checkpoint.
+    :param backbone: canonical name -> the tensor's name in the checkpoint.
+    :param slots: canonical name -> the merged architecture's slot it fills (the same name, but for fused experts).
+    :param head: names of the tensors of its own head.
+    :param missing: slots that its class has and its files do not fill.
+    :param prefix: what its file keys put before the merged model's names (``roberta.``), if it wraps that model.
+    """
+
+    checkpoint: Checkpoint
+    backbone: Mapping[str, str]
+    slots: Mapping[str, str]
+    head: tuple[str, ...]
+    missing: frozenset[str]
+    prefix: str
+
+    def stored(self, name: str) -> StoredTensor:
+        """Return the header entry of the tensor with canonical name ``name``."""
+        return self.checkpoint.tensors[self.backbone[name]].stored
+
+    def key(self, name: str) -> str:
+        """Return the file key of the tensor with canonical name ``name``."""
+        return self.checkpoint.tensors[self.backbone[name]].key
+
+
+def reference_architecture(base: Checkpoint | None, models: Sequence[Checkpoint]) -> Architecture:
+    """Return the architecture of the merged model.
+
+    When base and models are all of one class whose output layer means the same in each (a language model's, CLIP's
+    projections), that class is merged whole. Otherwise heads are task-private and the bare model is merged.
+    """
+    anchor = base or models[0]
+    classes = {c.architecture.class_name for c in (anchor, *models)}
+    if len(classes) == 1 and has_shared_head(anchor.architecture.class_name):
+        return anchor.architecture
+    return describe(anchor.config, str(anchor.reference), bare=True)
+
+
+def has_shared_head(class_name: str) -> bool:
+    """Whether the class has no head, or one over a shared vocabulary or space: not a task's own classifier."""
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = (
+        auto.MODEL_MAPPING_NAMES,
+        auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    return class_name.endswith("WithProjection") or any(class_name in _classes(table) for table in tables)
+
+
+def is_bare(class_name: str) -> bool:
+    """Whether the class is what ``AutoModel`` builds: no head at all."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    return class_name in _classes(MODEL_MAPPING_NAMES)
+
+
+def _classes(table: Mapping[str, str | tuple[str, ...]]) -> set[str]:
+    return {name for entry in table.values() for name in ((entry,) if isinstance(entry, str) else entry)}
+
+
+def align(checkpoint: Checkpoint, reference: Architecture, problems: list[str]) -> Aligned:
+    """Align one checkpoint with the merged model's architecture.
+
+    :param problems: receives a line for each thing that does not fit.
+    """
+    mine = checkpoint.architecture
+    paths = reference.path_of(mine)
+    who = f"{checkpoint.name} ({mine.class_name})"
+    if not paths:
+        problems.append(
+            f"{who} is another architecture than {reference.class_name}; "
+            "cart-hf merges fine-tunes of one pretrained model"
+        )
+
+    def canonical(name: str) -> str:
+        """Rename the sub-models that both share; return "" for what the merged model has no room for."""
+        for path, here in paths.items():
+            if path == "" or name.startswith(f"{path}."):
+                rest = name.removeprefix(path).removeprefix(".")
+                return f"{here}.{rest}" if here else rest
+        return name if name in reference.slots else ""
+
+    backbone: dict[str, str] = {}
+    slots: dict[str, str] = {}
+    outside: list[str] = []
+    for name, tensor in checkpoint.tensors.items():
+        slot, here = canonical(tensor.slot), canonical(name)
+        if here and slot in reference.slots:
+            backbone[here], slots[here] = name, slot
+        else:
+            outside.append(name)
+    if outside and paths and is_bare(mine.class_name):
+        problems.append(
+            f"{who} has {len(outside)} tensors that {reference.class_name} lacks: {shorten(outside)}; "
+            "is the base only a part of the model?"
+        )
+    expected = {canonical(slot) for slot in mine.slots if slot not in mine.tied} & set(reference.slots)
+    missing = frozenset(expected - set(slots.values()))
+    prefix = next((f"{path}." for path, here in paths.items() if path and not here), "")
+    return Aligned(checkpoint, backbone, slots, tuple(outside), missing, prefix)

@@ -1,0 +1,148 @@
+"""The plan's data: plain records, made by `build`, carried out by `merge`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cart_hf.methods import Method
+from cart_hf.recipe import Recipe
+from cart_hf.sources import Checkpoint, element_size
+
+Role = Literal["low_rank", "elementwise", "average", "base"]
+CHUNK = 2**20  # elements of one tensor that element-wise work reads at a time
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the merged model.
+
+    :param name: its canonical name: the base architecture's module name, without the class's prefix.
+    :param key: its key in the output file.
+    :param dtype: its type in the output, as safetensors calls it.
+    :param shape: its shape.
+    :param role: ``low_rank`` (the method, on the whole matrix), ``elementwise`` (the method, entry by entry),
+        ``average``, or ``base`` (copied).
+    :param reason: why it has this role, for people.
+    :param inputs: for each model that has it, the model's place in the plan and the tensor's name there.
+    :param base_input: its name in the base, if the base has it.
+    :param parameters: the method's parameters for this tensor: scalars, and one list per per-model parameter.
+    :param rank: directions kept (``low_rank`` only; None when ``energy`` decides).
+    :param energy: share of the squared singular values kept, when that decides the rank.
+    :param group: tensors of one group are stacked row-wise and merged as one matrix (fused q, k, v).
+    :param shared: whether every task's class has it, so that ``tasks/NAME`` may share its file.
+    """
+
+    name: str
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: Role
+    reason: str
+    inputs: tuple[tuple[int, str], ...]
+    base_input: str | None
+    parameters: Mapping[str, Any]
+    rank: int | None = None
+    energy: float | None = None
+    group: str = ""
+    shared: bool = True
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes in the output."""
+        return self.elements * element_size(self.dtype)
+
+
+@dataclass(frozen=True)
+class HeadTensor:
+    """A tensor of one task's own head, carried along unchanged.
+
+    :param key: its key in the output file.
+    :param name: its name in the model's checkpoint.
+    """
+
+    key: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are merged in one call: one, or the fused q, k, v of an attention layer."""
+
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stacked matrix."""
+        first = self.tensors[0].shape
+        return first if len(self.tensors) == 1 else (sum(t.shape[0] for t in self.tensors), *first[1:])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a merge will do, decided from headers and configurations.
+
+    :param recipe: what was asked.
+    :param method: its method.
+    :param base: the base checkpoint, if the recipe names one.
+    :param models: the fine-tuned checkpoints, in the recipe's order.
+    :param output_class: the model class of the output folder.
+    :param output_config: the output folder's ``config.json``.
+    :param tensors: the merged model's tensors.
+    :param heads: the head tensors of each model that has any, by task name.
+    :param warnings: what the user should know.
+    """
+
+    recipe: Recipe
+    method: Method
+    base: Checkpoint | None
+    models: tuple[Checkpoint, ...]
+    output_class: str
+    output_config: Mapping[str, Any]
+    tensors: tuple[PlannedTensor, ...]
+    heads: Mapping[str, tuple[HeadTensor, ...]]
+    warnings: tuple[str, ...]
+
+    def count(self, role: Role) -> int:
+        """Return how many tensors have ``role``."""
+        return sum(t.role == role for t in self.tensors)
+
+    def groups(self) -> Iterator[Group]:
+        """Yield the groups of tensors that are merged together."""
+        groups: dict[str, list[PlannedTensor]] = {}
+        for tensor in self.tensors:
+            groups.setdefault(tensor.group or tensor.name, []).append(tensor)
+        return (Group(tuple(tensors)) for tensors in groups.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the merged backbone."""
+        return sum(t.nbytes for t in self.tensors)
+
+    def memory(self, workers: int) -> int:
+        """Estimate the peak bytes of tensors held by ``workers`` workers, besides the libraries themselves."""
+        size = 8 if self.recipe.dtype == "float64" else 4
+        models = len(self.models) + 2  # the base or the sum, and the result
+
+        def of(group: Group) -> int:
+            first = group.tensors[0]
+            elements = math.prod(group.shape)
+            if first.role != "low_rank":
+                return models * min(elements, CHUNK) * size
+            small, large = sorted(group.shape)
+            kept = min(first.rank or small, small)
+            # the stack, the Gram matrix and its factors in float64, and all the bases and coordinates
+            return (
+                models * elements * size
+                + (4 * small * small + large * small) * 8
+                + models * kept * (small + large) * size
+            )
+
+        return workers * max((of(group) for group in self.groups()), default=0)

@@ -1,0 +1,115 @@
+"""References to models: a Hub id, `id@revision`, a subfolder of one, or a local folder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_HUB_PART = re.compile(r"[\w][\w.-]*")
+_NAME = re.compile(r"[\w][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where a checkpoint is.
+
+    :param path: a Hub id (``org/name`` or ``name``), or a local folder.
+    :param revision: branch, tag or commit of a Hub id.
+    :param subfolder: folder inside a Hub repository or a local folder.
+    """
+
+    path: str
+    revision: str | None = None
+    subfolder: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Read ``id``, ``id@revision``, ``org/name/sub/folder@revision`` or a path; a path that exists always wins.
+
+        :raises ValueError: when the text can be neither a Hub id nor a folder.
+        """
+        if not text:
+            raise ValueError("an empty model reference")
+        if Path(text).expanduser().exists():
+            return cls(str(Path(text).expanduser()))
+        head, at, revision = text.partition("@")
+        if at and Path(head).expanduser().exists():
+            raise ValueError(f"'{head}' is a local folder: '@{revision}' is for Hub ids only")
+        if looks_local(text):
+            raise ValueError(f"folder not found: {text}")
+        if "+" in head:
+            raise ValueError(
+                f"'{text}': LoRA adapters as merge sources (base+adapter) are not supported; "
+                "merge the adapter into its base first (PEFT: merge_and_unload) and name that folder"
+            )
+        parts = head.split("/")
+        if not all(_HUB_PART.fullmatch(part) for part in parts) or (at and not revision):
+            raise ValueError(f"'{text}' is neither an existing folder nor a Hub id (org/name or org/name@revision)")
+        return cls("/".join(parts[:2]), revision or None, "/".join(parts[2:]) or None)
+
+    @classmethod
+    def from_yaml(cls, value: Any) -> Reference:
+        """Read a reference from a recipe: a string, or mergekit's mapping ``{path, revision}`` (plus ``subfolder``).
+
+        :raises ValueError: for anything else; valid mergekit that is not supported is named.
+        """
+        if isinstance(value, str):
+            return cls.parse(value)
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a Hub id or a folder, not {value!r}")
+        inner = value.get("model", value)
+        if isinstance(inner, str):
+            inner = {"path": inner}
+        for key in ("lora", "override_architecture"):
+            if value.get(key) is not None:
+                raise ValueError(f"'{key}' is valid mergekit, but cart-hf does not support it")
+        unknown = sorted(set(inner) - {"path", "revision", "subfolder"})
+        if unknown or not isinstance(inner.get("path"), str):
+            raise ValueError(f"expected {{path, revision, subfolder}}, found {sorted(inner)}")
+        found = cls.parse(inner["path"])
+        return cls(found.path, inner.get("revision") or found.revision, inner.get("subfolder") or found.subfolder)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it names a folder (or file) of this machine."""
+        return Path(self.path).expanduser().exists()
+
+    @property
+    def default_name(self) -> str:
+        """The reference's last part."""
+        last = self.subfolder or (str(Path(self.path).resolve()) if self.is_local else self.path)
+        return re.sub(r"[^\w.-]", "-", Path(last).name) or "model"
+
+    def to_yaml(self) -> str | dict[str, str]:
+        """Return what a recipe would hold: a string where one says it all, else a mapping."""
+        if self.is_local:
+            path = str(Path(self.path).expanduser().resolve())
+            return {"path": path, "subfolder": self.subfolder} if self.subfolder else path
+        if self.subfolder is None:
+            return str(self)
+        mapping = {"path": self.path, "subfolder": self.subfolder}
+        return mapping | {"revision": self.revision} if self.revision else mapping
+
+    def __str__(self) -> str:
+        place = self.path if self.subfolder is None else f"{self.path}/{self.subfolder}"
+        return place if self.revision is None else f"{place}@{self.revision}"
+
+
+def looks_local(text: str) -> bool:
+    """Whether a person who writes ``text`` means a path: it starts like one, or has a Windows drive or backslash."""
+    return text.startswith(("/", "./", "../", "~", ".\\")) or text in (".", "..") or "\\" in text or text.endswith("/")
+
+
+def split_name(text: str) -> tuple[str | None, str]:
+    """Split ``NAME=REF`` into (name, ref); the name is None when there is none or the whole text is a path."""
+    name, equals, reference = text.partition("=")
+    if equals and _NAME.fullmatch(name) and not Path(text).exists():
+        return name, reference
+    return None, text
+
+
+def is_task_name(name: str) -> bool:
+    """Whether ``name`` may name a task: it becomes a folder under ``tasks/``."""
+    return bool(_NAME.fullmatch(name))

@@ -1,0 +1,19 @@
+"""Sources: a reference becomes a checkpoint - read-only, lazy, with module names, headers before weights."""
+
+from cart_hf.sources.architecture import Architecture, Block, describe
+from cart_hf.sources.checkpoint import Checkpoint, open_checkpoint
+from cart_hf.sources.dtypes import DTYPES, dtype_name, element_size
+from cart_hf.sources.weights import StoredTensor, WeightFile
+
+__all__ = [
+    "DTYPES",
+    "Architecture",
+    "Block",
+    "Checkpoint",
+    "StoredTensor",
+    "WeightFile",
+    "describe",
+    "dtype_name",
+    "element_size",
+    "open_checkpoint",
+]

@@ -1,0 +1,211 @@
+"""Architectures, known without weights: the model class built on the meta device, and what its tensors are.
+
+File keys are not module names (CLIP's vision prefix, ViT, fused experts), and transformers reverses on saving whatever
+renaming it did on loading. So file keys are mapped to module names by transformers' own rules, and two classes of one
+family (RobertaForMaskedLM, RobertaForSequenceClassification) are aligned by the sub-models they share.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cart_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a tensor stands among the repeated blocks of its tower.
+
+    :param path: the module list, such as ``encoder.layer``.
+    :param index: the block's place in it, from 0.
+    :param count: how many blocks it has.
+    """
+
+    path: str
+    index: int
+    count: int
+
+    @property
+    def position(self) -> float:
+        """0 for the first block, 1 for the last (and for a single one), as mergekit's gradients count."""
+        return self.index / (self.count - 1) if self.count > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor that an architecture has room for.
+
+    :param shape: its shape.
+    :param linear: whether it is the weight of a linear layer (nn.Linear or GPT-2's Conv1D).
+    :param transposed: whether it is stored (in, out), as Conv1D does.
+    :param block: its block, or None outside the blocks.
+    """
+
+    shape: tuple[int, ...]
+    linear: bool
+    transposed: bool
+    block: Block | None
+
+
+class Architecture:
+    """A model class with a configuration.
+
+    :param model: the model on the meta device.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from transformers import PreTrainedModel
+
+        self.class_name = type(model).__name__
+        self.model_type: str = model.config.model_type
+        self.slots = _slots(model)
+        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        # type name of every sub-model by path; "" is the model itself
+        self.submodels: dict[str, str] = {
+            path: type(module).__name__ for path, module in model.named_modules() if isinstance(module, PreTrainedModel)
+        }
+        self._model = model
+
+    def module_name(self, key: str) -> tuple[str, str]:
+        """Map a checkpoint file's key to (its module name, the slot it belongs to).
+
+        The two differ only for tensors that transformers fuses on loading (experts of a mixture): many file tensors
+        then share one slot, and each keeps a name of its own.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        renamings, converters = self._conversions()
+        prefix, state = self._model.base_model_prefix, self._state()
+        slot, converted = rename_source_key(key, renamings, converters, prefix, state)
+        if converted is None:
+            return slot, slot
+        name, _ = rename_source_key(key, renamings, [])
+        bare_slot, _ = rename_source_key(key, renamings, converters)
+        if slot != bare_slot:  # the base model's prefix was added or removed: the same for the name
+            name = f"{prefix}.{name}" if slot.startswith(f"{prefix}.") else name.removeprefix(f"{prefix}.")
+        return name, slot
+
+    def _state(self) -> Mapping[str, torch.Tensor]:
+        if not hasattr(self, "_state_dict"):
+            self._state_dict: Mapping[str, torch.Tensor] = self._model.state_dict()
+        return self._state_dict
+
+    def _conversions(self) -> tuple[list[Any], list[Any]]:
+        if not hasattr(self, "_split"):
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter
+
+            rules = get_model_conversion_mapping(self._model)
+            converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+            self._split = ([rule for rule in rules if not isinstance(rule, WeightConverter)], converters)
+        return self._split
+
+    def path_of(self, other: Architecture) -> dict[str, str]:
+        """Say which sub-models of ``other`` are this architecture's: {path in other: path here}, outermost first.
+
+        A path stands for everything below it. Sub-models match by class; among several of one class (T5's two
+        stacks), by class and path.
+        """
+        found: dict[str, str] = {}
+        for path, kind in other.submodels.items():
+            if any(outer == "" or path.startswith(f"{outer}.") for outer in found):
+                continue
+            here = [p for p, k in self.submodels.items() if k == kind]
+            if path in here or here:
+                found[path] = path if path in here else here[0]
+        return found
+
+
+def describe(config: Mapping[str, Any], label: str, *, bare: bool = False) -> Architecture:
+    """Build the architecture that a ``config.json`` describes, on the meta device (no memory, no weights).
+
+    :param config: the parsed ``config.json``.
+    :param label: whose it is, for messages.
+    :param bare: the model without any head (what ``AutoModel`` builds), whatever ``architectures`` says.
+    :raises UserError: when transformers does not know it, or it needs remote code or is quantised.
+    """
+    model_type = config.get("model_type")
+    if not model_type:
+        raise UserError(f"{label}: config.json names no model_type; cart-hf merges transformers models")
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{label} is quantised ({config['quantization_config'].get('quant_method', '?')}); merge full weights"
+        )
+    names = config.get("architectures") or []
+    # labels and names do not change the structure: leave them out of the cache's key
+    structural = {
+        k: v for k, v in config.items() if k not in ("_name_or_path", "finetuning_task", "transformers_version")
+    }
+    return _build(json.dumps(structural, sort_keys=True, default=str), "" if bare or not names else names[0], label)
+
+
+@cache
+def _build(config_json: str, class_name: str, label: str) -> Architecture:
+    import transformers
+
+    data = json.loads(config_json)
+    model_type = data.pop("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"{label}: model type '{model_type}' is unknown to transformers {transformers.__version__}"
+            + (
+                " and needs remote code, which cart-hf never runs"
+                if data.get("auto_map")
+                else "; upgrade transformers?"
+            )
+        )
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    config = config_class.from_dict(data)
+    model_class = getattr(transformers, class_name, None) if class_name else None
+    if class_name and model_class is None:
+        raise UserError(
+            f"{label}: transformers {transformers.__version__} has no class {class_name} (config.json: architectures)"
+        )
+    if model_class is None:
+        if config_class not in transformers.MODEL_MAPPING:
+            raise UserError(f"{label}: transformers has no model for configuration {config_class.__name__}")
+        model_class = transformers.MODEL_MAPPING[config_class]
+        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as failure:  # whatever a model's constructor raises for a wrong config
+        raise UserError(
+            f"{label}: transformers cannot build {model_class.__name__} from config.json: {failure}"
+        ) from failure
+    return Architecture(model)
+
+
+def _slots(model: torch.nn.Module) -> dict[str, Slot]:
+    from transformers.pytorch_utils import Conv1D
+
+    linear: dict[str, bool] = {}
+    lists: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            linear[f"{path}.weight"] = isinstance(module, Conv1D)
+        elif isinstance(module, torch.nn.ModuleList):
+            lists[path] = len(module)
+    return {
+        name: Slot(tuple(tensor.shape), name in linear, linear.get(name, False), _block_of(name, lists))
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _block_of(name: str, lists: Mapping[str, int]) -> Block | None:
+    """Find the outermost module list that ``name`` lies in."""
+    for match in re.finditer(r"\.(\d+)\.", name):
+        path = name[: match.start()]
+        if path in lists:
+            return Block(path, int(match.group(1)), lists[path])
+    return None

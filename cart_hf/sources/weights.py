@@ -1,0 +1,203 @@
+"""Weight files: headers first, then any slice of any tensor, read at its offset and never mapped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from cart_hf.errors import UserError
+from cart_hf.sources.dtypes import DTYPES, dtype_name, element_size
+
+MAX_HEADER = 100 * 2**20  # safetensors' own limit
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a header says of a tensor.
+
+    :param dtype: safetensors' name of the type, such as ``F32``.
+    :param shape: its shape.
+    :param start: where its bytes start, counted from the end of the header (0 in pickles).
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.elements * element_size(self.dtype)
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it holds floating-point numbers."""
+        return DTYPES[self.dtype].is_floating_point
+
+
+class WeightFile(Protocol):
+    """A file of named tensors whose header has been read."""
+
+    tensors: dict[str, StoredTensor]
+
+    def fetch(self) -> Path:
+        """Bring the file onto this machine, and return its path."""
+        ...
+
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements ``start`` to ``stop`` of the flattened tensor as a new 1-D tensor of the stored type."""
+        ...
+
+
+class SafetensorsFile:
+    """A safetensors file, read by offset (a memory map would count every page read as ours).
+
+    :param label: what to call it in messages.
+    :param tensors: its header, see :func:`parse_header`.
+    :param locate: returns the local path, downloading the file first when it must.
+    """
+
+    def __init__(self, label: str, tensors: dict[str, StoredTensor], locate: Callable[[], Path]) -> None:
+        self.tensors = tensors
+        self._label, self._locate = label, locate
+        self._descriptor: int | None = None
+        self._data_start = 0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: Path) -> SafetensorsFile:
+        """Read the header of a local file.
+
+        :raises UserError: when the file is not valid safetensors or is shorter than its header says.
+        """
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise UserError(f"{path} is not a safetensors file, or is truncated; download it again")
+            raw = file.read(length)
+        try:
+            header = json.loads(raw)
+        except ValueError as failure:
+            raise UserError(f"{path}: the safetensors header is damaged ({failure}); download it again") from failure
+        tensors = parse_header(str(path), header)
+        missing = max((t.start + t.nbytes for t in tensors.values()), default=0) - (size - 8 - length)
+        if missing > 0:
+            raise UserError(f"{path} is truncated: {missing} bytes are missing; download it again")
+        return cls(str(path), tensors, lambda: path)
+
+    def fetch(self) -> Path:
+        """Bring the file onto this machine, and return its path."""
+        return self._locate()
+
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements ``start`` to ``stop`` of the flattened tensor as a new 1-D tensor of the stored type."""
+        stored = self.tensors[key]
+        size = element_size(stored.dtype)
+        buffer = torch.empty((stop - start) * size, dtype=torch.uint8)
+        view = memoryview(buffer.numpy().data)
+        offset = stored.start + start * size
+        done = 0
+        while done < len(view):
+            count = self._read_at(view[done:], offset + done)
+            if count == 0:
+                raise UserError(f"{self._label} ends inside tensor '{key}': it was changed or truncated meanwhile")
+            done += count
+        return buffer.view(DTYPES[stored.dtype])
+
+    def _read_at(self, view: memoryview, offset: int) -> int:
+        """Fill ``view`` from ``offset`` (counted from the first tensor byte) and return how much was read."""
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._locate(), os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                self._data_start = 8 + int.from_bytes(os.read(self._descriptor, 8), "little")
+            if not hasattr(os, "preadv"):  # Windows: the file position is shared, so keep the lock
+                os.lseek(self._descriptor, self._data_start + offset, os.SEEK_SET)
+                chunk = os.read(self._descriptor, len(view))
+                view[: len(chunk)] = chunk
+                return len(chunk)
+        return os.preadv(self._descriptor, [view], self._data_start + offset)
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            os.close(self._descriptor)  # type: ignore[arg-type]
+
+
+class PickleFile:
+    """A PyTorch pickle (``pytorch_model.bin``), read by torch's restricted unpickler only.
+
+    :raises UserError: when it holds anything but a mapping from names to tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._state = _load_pickle(path)
+        self.tensors = {key: StoredTensor(dtype_name(t.dtype), tuple(t.shape)) for key, t in self._state.items()}
+
+    def fetch(self) -> Path:
+        """Return the file's path: a pickle's header cannot be read without the file."""
+        return self._path
+
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements ``start`` to ``stop`` of the flattened tensor as a new 1-D tensor of the stored type."""
+        return self._state[key].reshape(-1)[start:stop].clone()
+
+
+def parse_header(label: str, header: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """Turn a safetensors header into :class:`StoredTensor`, checking that types, shapes and offsets agree.
+
+    :raises UserError: naming the file and the tensor that is wrong.
+    """
+    tensors = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as failure:
+            raise UserError(f"{label}: the header of tensor '{key}' is damaged; download the file again") from failure
+        if dtype not in DTYPES:
+            raise UserError(f"{label}: tensor '{key}' has type {dtype}; cart-hf reads {', '.join(DTYPES)}")
+        stored = StoredTensor(dtype, shape, start)
+        if start < 0 or stop - start != stored.nbytes:
+            raise UserError(f"{label}: tensor '{key}' has offsets that do not fit its shape; download the file again")
+        tensors[key] = stored
+    return tensors
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    advice = (
+        "cart-hf reads pickles with weights_only=True and nothing else; save the model as safetensors "
+        "(model.save_pretrained) where you trust the file"
+    )
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as failure:
+            if "mmap" not in str(failure):
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
+    except Exception as failure:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a bad pickle
+        reason = str(failure).strip().splitlines() or [type(failure).__name__]
+        raise UserError(
+            f"{path} is damaged, or is a pickle that is not plain tensors ({reason[0]}); {advice}"
+        ) from None
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a mapping of names to tensors; {advice}")
+    wrong = [str(key) for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if wrong:
+        raise UserError(f"{path}: '{wrong[0]}' is not a tensor; {advice}")
+    return dict(state)

@@ -1,0 +1,27 @@
+"""What every test needs: no network, and the markers' reasons for skipping."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    reasons = {
+        "hub": None if os.environ.get("CART_HF_TEST_HUB") == "1" else "needs the real Hub: set CART_HF_TEST_HUB=1",
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA GPU, and this machine has none",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
