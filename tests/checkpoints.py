@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
+    BertForPreTraining,
     BertForSequenceClassification,
     CLIPConfig,
     CLIPModel,
@@ -85,7 +85,7 @@ def copy_backbone(target: PreTrainedModel, source: PreTrainedModel) -> None:
 
 FAMILIES = {
     "roberta": (lambda **c: roberta_config(**c), RobertaForMaskedLM, RobertaForSequenceClassification),
-    "bert": (lambda **c: BertConfig(**{**SMALL, **c}), BertForMaskedLM, BertForSequenceClassification),
+    "bert": (lambda **c: BertConfig(**{**SMALL, **c}), BertForPreTraining, BertForSequenceClassification),
     "distilbert": (
         lambda **c: DistilBertConfig(vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=20, **c),
         DistilBertForMaskedLM,

@@ -87,8 +87,9 @@ def open_checkpoint(name: str, reference: Reference) -> Checkpoint:
         folder, commit, files_of = open_repository(name, reference)
         config = _read_config(name, folder)
         files = files_of()
-    architecture = describe(config, f"{name} ({reference})")
-    tensors, ignored = _by_module_name(name, architecture, files)
+    label = f"{name} ({reference})"
+    architecture, bare = describe(config, label), describe(config, label, bare=True)
+    tensors, ignored = _by_module_name(name, architecture, bare, files)
     return Checkpoint(name, reference, commit, folder, config, architecture, tensors, tuple(ignored), files)
 
 
@@ -111,9 +112,13 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _by_module_name(
-    name: str, architecture: Architecture, files: Mapping[str, WeightFile]
+    name: str, architecture: Architecture, bare: Architecture, files: Mapping[str, WeightFile]
 ) -> tuple[dict[str, FileTensor], list[str]]:
-    """Name every file tensor as the architecture does; report shapes that do not fit, missing and surplus tensors."""
+    """Name every file tensor as the architecture does, and set aside those it has no room for.
+
+    :raises UserError: naming every tensor whose shape is not what ``config.json`` says.
+    """
+    room = _room(architecture, bare)
     tensors: dict[str, FileTensor] = {}
     copies: dict[str, FileTensor] = {}
     ignored: list[str] = []
@@ -122,13 +127,14 @@ def _by_module_name(
         for key, stored in file.tensors.items():
             module_name, slot = architecture.module_name(key)
             tensor = FileTensor(key, slot, stored, file)
-            if slot not in architecture.slots:
+            if slot not in room:
                 ignored.append(key)
             elif slot in architecture.tied:
                 copies.setdefault(architecture.tied[slot], tensor)
-            elif module_name == slot and stored.shape != architecture.slots[slot].shape:
-                expected = list(architecture.slots[slot].shape)
-                problems.append(f"{name}: tensor '{key}' has shape {list(stored.shape)}, config.json says {expected}")
+            elif module_name == slot and stored.shape != room[slot]:
+                problems.append(
+                    f"{name}: tensor '{key}' has shape {list(stored.shape)}, config.json says {list(room[slot])}"
+                )
             else:
                 tensors[module_name] = tensor
     for owner, copy in copies.items():
@@ -138,3 +144,15 @@ def _by_module_name(
     if not tensors:
         raise UserError(f"{name}: none of the tensors ({shorten(ignored)}) belongs to {architecture.class_name}")
     return tensors, ignored
+
+
+def _room(architecture: Architecture, bare: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the shapes a file may fill: those of the class, and those its bare model would have.
+
+    bert-base-uncased says BertForMaskedLM, which has no pooler, but its file holds the one that classifiers start from.
+    """
+    room = {slot: parameter.shape for slot, parameter in architecture.slots.items()}
+    for path, here in bare.path_of(architecture).items():
+        if path and not here:
+            room |= {f"{path}.{slot}": parameter.shape for slot, parameter in bare.slots.items()}
+    return room
