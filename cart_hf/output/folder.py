@@ -151,7 +151,7 @@ def _write_task(folder: Path, plan: Plan, model: Checkpoint, shards: Sequence[Sh
     weight_map: dict[str, str] = {}
     total = 0
     for shard in shards:
-        if shard.shared:
+        if model.name in shard.tasks:
             # another name than the root's: transformers would take a model.safetensors for the whole model
             linked = shard.filename.replace("model", "backbone", 1)
             _link(folder / shard.filename, task / linked)

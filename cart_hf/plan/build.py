@@ -117,7 +117,7 @@ def _plan_tensor(context: _Context, name: str) -> PlannedTensor:
         inputs=tuple((i, model.backbone[name]) for i, model in owners),
         base_input=base.backbone[name] if base else None,
         parameters=_parameters(context, (name, key), block.position if block else 0.0, [i for i, _ in owners]),
-        shared=all(name in model.backbone for model in context.headed),
+        tasks=tuple(model.checkpoint.name for model in context.headed if name in model.backbone),
     )
     return _with_rank(tensor) if role == "low_rank" else tensor
 

@@ -20,7 +20,7 @@ class Shard:
     :param offsets: tensor name -> offset of its first byte in the file.
     :param nbytes: size of the whole file.
     :param tensors: what it holds.
-    :param shared: whether ``tasks/NAME`` may link it.
+    :param tasks: the tasks whose ``tasks/NAME`` link it.
     """
 
     filename: str
@@ -28,16 +28,19 @@ class Shard:
     offsets: Mapping[str, int]
     nbytes: int
     tensors: tuple[PlannedTensor, ...]
-    shared: bool
+    tasks: tuple[str, ...]
 
 
 def lay_out(plan: Plan) -> list[Shard]:
-    """Assign every tensor a file and an offset; tensors that tasks share never lie in one file with others."""
+    """Assign every tensor a file and an offset.
+
+    Tensors lie together only if the same tasks have them: a task links whole files, and finds nothing unknown in them.
+    """
     limit = parse_size(plan.recipe.max_shard_size)
     batches: list[list[PlannedTensor]] = []
-    for shared in (True, False):
+    for tasks in dict.fromkeys(tensor.tasks for tensor in plan.tensors):
         size = 0
-        for tensor in (t for t in plan.tensors if t.shared == shared):
+        for tensor in (t for t in plan.tensors if t.tasks == tasks):
             if size == 0 or size + tensor.nbytes > limit:
                 batches.append([])
                 size = 0
@@ -67,4 +70,4 @@ def _shard(filename: str, tensors: Sequence[PlannedTensor]) -> Shard:
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     offsets = {name: len(header) + start for name, start in starts.items()}
-    return Shard(filename, header, offsets, len(header) + position, tuple(ordered), tensors[0].shared)
+    return Shard(filename, header, offsets, len(header) + position, tuple(ordered), tensors[0].tasks)

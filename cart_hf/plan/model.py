@@ -32,7 +32,7 @@ class PlannedTensor:
     :param rank: directions kept (``low_rank`` only; None when ``energy`` decides).
     :param energy: share of the squared singular values kept, when that decides the rank.
     :param group: tensors of one group are stacked row-wise and merged as one matrix (fused q, k, v).
-    :param shared: whether every task's class has it, so that ``tasks/NAME`` may share its file.
+    :param tasks: the models with a head whose class has it: their ``tasks/NAME`` share the file it lies in.
     """
 
     name: str
@@ -47,7 +47,7 @@ class PlannedTensor:
     rank: int | None = None
     energy: float | None = None
     group: str = ""
-    shared: bool = True
+    tasks: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:
