@@ -48,7 +48,7 @@ def progress_bars() -> Iterator[Bars]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep transformers from reporting on stderr what the merge reports better."""
+    """Keep transformers from reporting on stderr what we report better."""
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -13,10 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cart_hf.linalg.lapack import LapackError, Tridiagonal
-
-ORTHONORMAL_TOLERANCE = 1e-8
-ENERGY_TOLERANCE = 1e-7
+from cart_hf.linalg.symmetric import LapackError, Tridiagonal, gram
 
 
 class DecompositionError(ArithmeticError):
@@ -60,15 +57,12 @@ def top_right_singular_vectors(
     :return: None when the matrix is zero: it has no direction to keep.
     :raises DecompositionError: see :func:`sum_of_low_rank`.
     """
-    gram = _gram(matrix)
-    trace = float(gram.diagonal().sum())
-    if trace == 0.0:
+    solve = _solve_lapack if matrix.device.type == "cpu" else _solve_torch
+    solution = solve(matrix, rank, energy)
+    if solution is None:
         return None
-    if not np.isfinite(trace):
-        raise DecompositionError("the squared norm of the centred matrix is not finite")
-    on_cpu = matrix.device.type == "cpu"
-    rows, values = (_solve_lapack if on_cpu else _solve_torch)(gram, trace, rank, energy)
-    _check(rows, values, trace)
+    values, rows = solution
+    _check(values, rows)
     return rows.to(matrix.dtype)
 
 
@@ -83,44 +77,52 @@ def rank_for_energy(eigenvalues: npt.NDArray[np.float64], energy: float) -> int:
     return min(int(np.searchsorted(cumulative, energy * cumulative[-1] * (1 - 1e-12))) + 1, len(eigenvalues))
 
 
-def _gram(matrix: torch.Tensor) -> torch.Tensor:
-    """Return ``matrix^T matrix`` in float64 (float32 where the device, such as Apple's MPS, has no float64)."""
-    wide = matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
-    return wide.T @ wide
+Solution = tuple[torch.Tensor, torch.Tensor]
+"""The top k eigenvalues of the Gram matrix over its trace, ascending, and their eigenvectors as rows."""
 
 
-def _solve_lapack(
-    gram: torch.Tensor, trace: float, rank: int | None, energy: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scaled = gram.mul_(1.0 / trace).numpy()  # eigenvalues in [0, 1]: no scale can over- or underflow
+def _solve_lapack(matrix: torch.Tensor, rank: int | None, energy: float | None) -> Solution | None:
+    product = gram(matrix.to(torch.float64).contiguous().numpy())
+    trace = _trace(float(product.trace()))
+    if trace == 0.0:
+        return None
+    product /= trace  # eigenvalues in [0, 1]: no scale can over- or underflow
     try:
-        tridiagonal = Tridiagonal(scaled)
-        values = tridiagonal.eigenvalues()
-        k = rank if rank is not None else rank_for_energy(values, energy or 1.0)
-        rows = tridiagonal.top_eigenvectors(k)
+        tridiagonal = Tridiagonal(product)
+        k = rank if rank is not None else rank_for_energy(tridiagonal.eigenvalues(), energy or 1.0)
+        values, rows = tridiagonal.top_eigenpairs(k)
     except LapackError as failure:
         raise DecompositionError(str(failure)) from failure
-    return torch.from_numpy(rows), torch.from_numpy(values[-k:])
+    return torch.from_numpy(values), torch.from_numpy(rows)
 
 
-def _solve_torch(
-    gram: torch.Tensor, trace: float, rank: int | None, energy: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _solve_torch(matrix: torch.Tensor, rank: int | None, energy: float | None) -> Solution | None:
+    # Apple's MPS has no float64: its result is less exact, and checked against a wider tolerance
+    wide = matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
+    product = wide.T @ wide
+    trace = _trace(float(product.trace()))
+    if trace == 0.0:
+        return None
     try:
-        values, vectors = torch.linalg.eigh(gram.div_(trace))
+        values, vectors = torch.linalg.eigh(product.div_(trace))
     except torch.linalg.LinAlgError as failure:  # type: ignore[attr-defined]
         raise DecompositionError(str(failure)) from failure
     k = rank if rank is not None else rank_for_energy(values.double().cpu().numpy(), energy or 1.0)
-    return vectors[:, -k:].T.contiguous(), values[-k:]
+    return values[-k:], vectors[:, -k:].T.contiguous()
 
 
-def _check(rows: torch.Tensor, values: torch.Tensor, trace: float) -> None:
-    """Refuse eigenvectors that are not finite or not orthonormal, or eigenvalues outside [0, trace]."""
-    tolerance = ORTHONORMAL_TOLERANCE if rows.dtype == torch.float64 else 1e-3
+def _trace(value: float) -> float:
+    if not np.isfinite(value):
+        raise DecompositionError("the squared norm of the centred matrix is not finite")
+    return value
+
+
+def _check(values: torch.Tensor, rows: torch.Tensor) -> None:
+    """Refuse eigenvectors that are not finite or not of unit length, or eigenvalues outside [0, 1]."""
+    tolerance = 1e-8 if rows.dtype == torch.float64 else 1e-3
     if not (torch.isfinite(rows).all() and torch.isfinite(values).all()):
         raise DecompositionError("the eigenvectors are not finite")
-    lengths = (rows * rows).sum(dim=1)
-    if float((lengths - 1).abs().max()) > tolerance:
+    if float(((rows * rows).sum(dim=1) - 1).abs().max()) > tolerance:
         raise DecompositionError("the eigenvectors are not of unit length")
-    if float(values.max()) > 1 + ENERGY_TOLERANCE + tolerance or float(values.min()) < -tolerance:
-        raise DecompositionError(f"eigenvalues outside [0, {trace:g}]")
+    if float(values.max()) > 1 + tolerance or float(values.min()) < -tolerance:
+        raise DecompositionError("the eigenvalues of a Gram matrix lie between 0 and its trace")

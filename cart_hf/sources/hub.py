@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from cart_hf.errors import UserError, shorten
+from cart_hf.errors import UserError, did_you_mean, shorten
 from cart_hf.recipe.reference import Reference
 from cart_hf.sources.layout import INDEX, LAYOUTS, PICKLE_INDEX, sharded_weight_files
 from cart_hf.sources.weights import PickleFile, SafetensorsFile, WeightFile, parse_header
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.spm", "merges.txt")
+_HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
 def open_repository(name: str, reference: Reference) -> tuple[Path, str, Callable[[], dict[str, WeightFile]]]:
@@ -21,47 +24,67 @@ def open_repository(name: str, reference: Reference) -> tuple[Path, str, Callabl
         range requests for those that are not in the cache).
     :raises UserError: when the repository, revision or subfolder does not exist, is gated, or cannot be reached.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, is_offline_mode
 
     api = HfApi(library_name="cart-hf")
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     with explained(name, reference):
-        commit = str(api.resolve_revision(reference.path, revision=reference.revision))
-        patterns = [prefix + pattern for pattern in SMALL_FILES]
-        snapshot = api.snapshot_download(reference.path, revision=commit, allow_patterns=patterns)
+        offline = is_offline_mode()
+        revision = api.resolve_revision(reference.path, revision=reference.revision, local_files_only=offline)
+        commit = str(revision.resolved)  # the object itself is a string too: the branch's name
+        snapshot = api.snapshot_download(
+            reference.path,
+            revision=commit,
+            allow_patterns=[prefix + pattern for pattern in SMALL_FILES],
+            ignore_patterns=[f"{prefix}*/*"],  # the star of a pattern matches slashes too
+        )
+        everything = _list_files(api, reference, commit, Path(snapshot))
+    present = {path.removeprefix(prefix) for path in everything if path.startswith(prefix)}
+    if prefix and not present:
+        known = sorted({str(PurePosixPath(path).parent) for path in everything if path.endswith("/config.json")})
+        raise UserError(
+            f"{name}: {reference.path} has no folder '{reference.subfolder}' (commit {commit[:8]})"
+            + did_you_mean(str(reference.subfolder), known)
+        )
     folder = Path(snapshot) / prefix
 
     def weight_files() -> dict[str, WeightFile]:
         with explained(name, reference):
-            return _weight_files(name, reference, commit, folder, prefix)
+            return _weight_files(name, reference, commit, folder, present)
 
-    if not folder.is_dir():
-        raise UserError(f"{name}: {reference.path} has no folder '{reference.subfolder}' (commit {commit[:8]})")
     return folder, commit, weight_files
 
 
-def _weight_files(name: str, reference: Reference, commit: str, folder: Path, prefix: str) -> dict[str, WeightFile]:
+def _list_files(api: Any, reference: Reference, commit: str, snapshot: Path) -> Collection[str]:
+    """List the files of a commit; offline and without a list in the cache, those that are on this machine."""
+    from huggingface_hub import errors, get_cached_repo_tree, is_offline_mode
+
+    try:
+        return [file.path for file in get_cached_repo_tree(reference.path, revision=commit)]
+    except errors.CachedRepoTreeNotFoundError:  # the cache is an older client's, or may not be written
+        if is_offline_mode():
+            return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+        return list(api.list_repo_files(reference.path, revision=commit))
+
+
+def _weight_files(
+    name: str, reference: Reference, commit: str, folder: Path, present: Collection[str]
+) -> dict[str, WeightFile]:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     api = HfApi(library_name="cart-hf")
-
-    def cached(file: str) -> Path | None:
-        found = try_to_load_from_cache(reference.path, prefix + file, revision=commit)
-        return Path(found) if isinstance(found, str) else None
+    prefix = f"{reference.subfolder}/" if reference.subfolder else ""
 
     def download(file: str) -> Path:
         with explained(name, reference):
             return Path(api.hf_hub_download(reference.path, prefix + file, revision=commit))
 
-    def exists(file: str) -> bool:
-        return cached(file) is not None or api.file_exists(reference.path, prefix + file, revision=commit)
-
     def open_file(file: str) -> WeightFile:
-        local = cached(file)
         if not file.endswith(".safetensors"):
-            return PickleFile(local or download(file))
-        if local is not None:
-            return SafetensorsFile.open(local)
+            return PickleFile(download(file))
+        local = try_to_load_from_cache(reference.path, prefix + file, revision=commit)
+        if isinstance(local, str):
+            return SafetensorsFile.open(Path(local))
         metadata = api.parse_safetensors_file_metadata(reference.path, prefix + file, revision=commit)
         header = {
             key: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
@@ -70,53 +93,76 @@ def _weight_files(name: str, reference: Reference, commit: str, folder: Path, pr
         label = f"{reference.path}/{prefix}{file}"
         return SafetensorsFile(label, parse_header(label, header), lambda: download(file))
 
-    present = next((file for file in LAYOUTS if exists(file)), None)
-    if present is None:
-        found = sorted(p.name for p in folder.iterdir())
+    layout = next((file for file in LAYOUTS if file in present), None)
+    if layout is None:
         raise UserError(
-            f"{name}: {reference} holds no weights: looked for {', '.join(LAYOUTS)} (has {shorten(found, 6)})"
+            f"{name}: {reference} holds no weights: looked for {', '.join(LAYOUTS)} (has {shorten(sorted(present), 6)})"
         )
-    if present in (INDEX, PICKLE_INDEX):
-        text = (folder / present).read_text(encoding="utf-8")
-        return sharded_weight_files(f"{reference.path}/{prefix}{present}", text, open_file, exists)
-    return {present: open_file(present)}
+    if layout in (INDEX, PICKLE_INDEX):
+        text = (folder / layout).read_text(encoding="utf-8")
+        return sharded_weight_files(f"{reference.path}/{prefix}{layout}", text, open_file, lambda n: n in present)
+    return {layout: open_file(layout)}
 
 
 @contextmanager
 def explained(name: str, reference: Reference | str) -> Iterator[None]:
     """Turn the Hub client's errors into one message each."""
-    from huggingface_hub import errors
-
-    who = f"{name}: {reference}"
     try:
         yield
-    except errors.GatedRepoError as failure:
-        raise UserError(
-            f"{who} is gated: accept its terms at https://huggingface.co/{_repository(reference)} "
-            "and log in (hf auth login)"
-        ) from failure
-    except errors.RepositoryNotFoundError as failure:
-        raise UserError(
-            f"{who}: no such folder here and no such repository on the Hub; check the spelling, "
-            "and for a private repository log in (hf auth login)"
-        ) from failure
-    except errors.RevisionNotFoundError as failure:
-        raise UserError(f"{who}: the repository has no such revision") from failure
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as failure:
-        raise UserError(
-            f"{who}: not in the local cache, and the Hub cannot be reached (offline mode, or no connection)"
-        ) from failure
-    except (errors.HfHubHTTPError, OSError) as failure:
-        raise UserError(f"{who}: the Hub could not be read: {_first_line(failure)}") from failure
     except Exception as failure:
-        # a dropped connection reaches us as the HTTP client's own error, which is no OSError
-        if type(failure).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore"):
+        explanation = _explanation(failure, reference if isinstance(reference, str) else reference.path)
+        if explanation is None:
             raise
-        raise UserError(f"{who}: the connection to the Hub failed: {_first_line(failure)}") from failure
+        raise UserError(f"{name}: {reference}{explanation}") from failure
 
 
-def _repository(reference: Reference | str) -> str:
-    return reference if isinstance(reference, str) else reference.path
+def _explanation(failure: Exception, repository: str) -> str | None:
+    """Say what an error means and what to do, or return None when it is not about the Hub."""
+    from huggingface_hub import constants, errors
+
+    page, reason = f"{constants.ENDPOINT}/{repository}", _first_line(failure)
+    missing = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
+    meanings: list[tuple[type[Exception] | tuple[type[Exception], ...], str]] = [
+        (errors.GatedRepoError, f" is gated: accept its terms at {page} and log in (hf auth login)"),
+        (
+            errors.RepositoryNotFoundError,
+            ": no such folder here and no such repository on the Hub; check the spelling, "
+            "and for a private repository log in (hf auth login)",
+        ),
+        (errors.HFValidationError, f": no such folder here, and not a valid Hub id: {reason}"),
+        (errors.RevisionNotFoundError, f": the repository has no such branch, tag or commit; see {page}/tree/main"),
+        (missing, f": not in the local cache, and {_obstacle(failure)}"),
+        (errors.SafetensorsParsingError, f" holds a damaged weight file: {reason}"),
+        ((errors.HfHubHTTPError, OSError), f": {_answer(failure)}"),
+        (
+            json.JSONDecodeError,
+            f": {constants.ENDPOINT} does not answer like a Hub; check HF_ENDPOINT and the network's proxy",
+        ),
+    ]
+    if type(failure).__module__.split(".")[0] in _HTTP_CLIENTS:
+        # a dropped connection reaches us as the HTTP client's own error, which is no OSError
+        return f": the connection to the Hub failed ({reason}); try again, files that are complete are kept"
+    return next((meaning for kinds, meaning in meanings if isinstance(failure, kinds)), None)
+
+
+def _obstacle(failure: Exception) -> str:
+    """Say why something that is not in the cache could not be downloaded."""
+    from huggingface_hub import constants, errors, is_offline_mode
+
+    cause = failure.__cause__
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE forbids downloading it; run once without HF_HUB_OFFLINE"
+    if isinstance(cause, errors.HfHubHTTPError | errors.FileMetadataError):
+        return _answer(cause)
+    why = f" ({_first_line(cause)})" if isinstance(cause, Exception) else ""
+    return f"{constants.ENDPOINT} cannot be reached{why}; check the connection and try again"
+
+
+def _answer(failure: Exception) -> str:
+    """Say what an answer of the Hub, or an error of this machine, means."""
+    if getattr(getattr(failure, "response", None), "status_code", None) == 401:
+        return "the Hub does not know the access token; log in again (hf auth login), or correct HF_TOKEN"
+    return f"the Hub could not be read: {_first_line(failure)}"
 
 
 def _first_line(failure: Exception) -> str:
