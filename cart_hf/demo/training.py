@@ -204,6 +204,6 @@ def _batches(ids: torch.Tensor, size: int, generator: torch.Generator) -> Iterat
     while True:
         for pool in torch.split(torch.randperm(len(ids), generator=generator), 16 * size):
             ordered = pool[lengths[pool].argsort(stable=True)]
-            parts = [part for part in ordered.split(size) if len(part) == size] or [ordered]
+            parts = [part for part in torch.split(ordered, size) if len(part) == size] or [ordered]
             for place in torch.randperm(len(parts), generator=generator):
                 yield parts[place]

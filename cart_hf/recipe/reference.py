@@ -69,7 +69,10 @@ class Reference:
         if unknown or not isinstance(inner.get("path"), str):
             raise ValueError(f"expected {{path, revision, subfolder}}, found {sorted(inner)}")
         found = cls.parse(inner["path"])
-        return cls(found.path, inner.get("revision") or found.revision, inner.get("subfolder") or found.subfolder)
+        revision, subfolder = inner.get("revision") or found.revision, inner.get("subfolder") or found.subfolder
+        if subfolder and not all(_HUB_PART.fullmatch(part) for part in str(subfolder).split("/")):
+            raise ValueError(f"subfolder '{subfolder}' is not a plain folder of the repository")
+        return cls(found.path, str(revision) if revision else None, str(subfolder) if subfolder else None)
 
     @property
     def is_local(self) -> bool:

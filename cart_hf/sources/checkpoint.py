@@ -80,12 +80,12 @@ def open_checkpoint(name: str, reference: Reference) -> Checkpoint:
         folder = folder / reference.subfolder if reference.subfolder else folder
         if not folder.is_dir():
             raise UserError(f"{name}: {folder} is not a folder")
-        config, files, commit = _read_config(name, folder), local_weight_files(folder), None
+        config, files, commit = _read_config(name, folder, str(folder)), local_weight_files(folder), None
     else:
         from cart_hf.sources.hub import open_repository
 
         folder, commit, files_of = open_repository(name, reference)
-        config = _read_config(name, folder)
+        config = _read_config(name, folder, str(reference))
         files = files_of()
     label = f"{name} ({reference})"
     architecture, bare = describe(config, label), describe(config, label, bare=True)
@@ -93,21 +93,21 @@ def open_checkpoint(name: str, reference: Reference) -> Checkpoint:
     return Checkpoint(name, reference, commit, folder, config, architecture, tensors, tuple(ignored), files)
 
 
-def _read_config(name: str, folder: Path) -> dict[str, Any]:
+def _read_config(name: str, folder: Path, label: str) -> dict[str, Any]:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(
-            f"{name}: {folder} is a PEFT adapter, which cart-hf cannot merge yet; merge it into its base first "
+            f"{name}: {label} is a PEFT adapter, which cart-hf cannot merge yet; merge it into its base first "
             "(PEFT: merge_and_unload, save_pretrained) and name that folder"
         )
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{name}: {folder} has no config.json; is it a model folder (save_pretrained)?")
+        raise UserError(f"{name}: {label} has no config.json; is it a model folder (save_pretrained)?")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as failure:
-        raise UserError(f"{name}: {path} is not valid JSON ({failure})") from failure
+        raise UserError(f"{name}: config.json of {label} is not valid JSON ({failure})") from failure
     if not isinstance(config, dict):
-        raise UserError(f"{name}: {path} is not a JSON object")
+        raise UserError(f"{name}: config.json of {label} is not a JSON object")
     return config
 
 
