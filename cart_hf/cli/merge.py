@@ -11,7 +11,6 @@ from cyclopts import Group, Parameter
 from cart_hf.errors import UserError
 
 if TYPE_CHECKING:
-    from cart_hf.plan import Plan
     from cart_hf.recipe import Recipe
 
 MODELS = Group("Models")
@@ -211,7 +210,7 @@ def _merge(
         print((result.output / "merge.json").read_text(encoding="utf-8"), end="")  # noqa: T201
         return
     plan = result.plan
-    out.print(f"{headline(plan)}")
+    out.print(preview.headline(plan))
     took = result.seconds.get("merge", 0.0)
     out.print(
         f"wrote {size(plan.nbytes)} to {result.output} in {sum(result.seconds.values()):.1f} s ({took:.1f} s merging)"
@@ -223,17 +222,6 @@ def _merge(
         kind = next(m for m in plan.models if m.name == first).architecture.class_name
         out.print(f'a task:  transformers.{kind}.from_pretrained("{result.output}", subfolder="tasks/{first}")')
         out.print(f'all:     cart_hf.MultiTaskModel.from_pretrained("{result.output}")')
-
-
-def headline(plan: Plan) -> str:
-    """One line: what was merged how, and on how many tensors the method acted."""
-    acted = plan.count("low_rank") if plan.method.low_rank else plan.count("elementwise")
-    kind = "low-rank" if plan.method.low_rank else plan.method.name
-    parts = [f"{kind}: {acted} of {len(plan.tensors)} tensors"] if acted else []
-    parts += [f"averaged: {plan.count('average')}"] if plan.count("average") else []
-    parts += [f"from the base: {plan.count('base')}"] if plan.count("base") else []
-    parts += [f"heads kept: {len(plan.heads)}"] if plan.heads else []
-    return f"{plan.method.name}, {len(plan.models)} models into one {plan.output_class} - " + ", ".join(parts)
 
 
 def _key_values(words: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `--dry-run` shows: the plan as a table, or as JSON."""
+"""The plan for people: one line, or the table (or JSON) that `--dry-run` shows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 from rich.table import Table
 
 from cart_hf.cli.console import out, size, warn
-from cart_hf.cli.merge import headline
 from cart_hf.plan import Plan, PlannedTensor
 
 
@@ -97,3 +96,14 @@ def show(plan: Plan, workers: int) -> None:
     )
     for warning in plan.warnings:
         warn(warning)
+
+
+def headline(plan: Plan) -> str:
+    """One line: what was merged how, and on how many tensors the method acted."""
+    acted = plan.count("low_rank") if plan.method.low_rank else plan.count("elementwise")
+    kind = "low-rank" if plan.method.low_rank else plan.method.name
+    parts = [f"{kind}: {acted} of {len(plan.tensors)} tensors"] if acted else []
+    parts += [f"averaged: {plan.count('average')}"] if plan.count("average") else []
+    parts += [f"from the base: {plan.count('base')}"] if plan.count("base") else []
+    parts += [f"heads kept: {len(plan.heads)}"] if plan.heads else []
+    return f"{plan.method.name}, {len(plan.models)} models into one {plan.output_class} - " + ", ".join(parts)

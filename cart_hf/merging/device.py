@@ -12,7 +12,7 @@ from cart_hf.errors import UserError
 def choose_device(name: str = "auto") -> torch.device:
     """Return the device called ``name``; ``auto`` is accelerate's choice (cuda, mps, xpu ... or cpu).
 
-    :raises UserError: when the device does not exist here, or several processes were launched.
+    :raises UserError: when the device does not exist here, or a launcher started several processes.
     """
     from accelerate import PartialState
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -115,7 +116,10 @@ def _load_all() -> None:
     for name in BUILT_IN:
         importlib.import_module(f"cart_hf.methods.{name}")
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as failure:  # whatever a foreign package raises: the other methods must still work
+            warnings.warn(f"the merge method '{entry.name}' ({entry.value}) cannot be loaded: {failure}", stacklevel=2)
 
 
 def all_methods() -> dict[str, Method]:

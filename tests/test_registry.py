@@ -1,0 +1,74 @@
+"""A method that a user's package brings by entry point."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from cart_hf import UserError
+from cart_hf.methods import all_methods, get_method
+
+PLUGIN = """
+from cart_hf.methods import WEIGHT, Parameter, method
+
+@method(
+    "halfway", parameters=(Parameter("scale", 0.5, "how far"), WEIGHT), summary="half way to the average",
+    equation="merged = base + scale * (mean - base)", citation="a test",
+)
+def halfway(*, models, base, scale, weight):
+    return base + scale * (models.mean(dim=0) - base)
+"""
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path({tests!r})))
+import torch
+from checkpoints import make_family
+from safetensors.torch import load_file
+import cart_hf, cart_hf.methods
+base, models = make_family(Path({work!r}), "roberta")
+out = Path({work!r}) / "out"
+cart_hf.merge(base=base, models=models, output=out, method="halfway", scale=0.25)
+name = "roberta.encoder.layer.0.output.dense.weight"
+states = [load_file(Path(folder) / "model.safetensors")[name] for folder in (base, *models)]
+expected = states[0] + 0.25 * (torch.stack(states[1:]).mean(0) - states[0])
+torch.testing.assert_close(load_file(out / "model.safetensors")[name], expected)
+print(len(cart_hf.methods.all_methods()))
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_entry_points_add_methods_and_a_broken_one_only_warns(tmp_path, broken):
+    site = tmp_path / "site"
+    info = site / "their_package-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "their_package.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+    entries = "[cart_hf.methods]\nhalfway = their_package\n" + ("broken = no_such_module\n" if broken else "")
+    (info / "entry_points.txt").write_text(entries)
+    tests = __file__.rsplit("/", 1)[0]
+    program = textwrap.dedent(PROGRAM.format(tests=tests, work=str(tmp_path / "work")))
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r})\n{program}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(all_methods()) + 1
+    assert ("'broken' (no_such_module) cannot be loaded" in done.stderr) == broken
+
+
+def test_every_method_says_what_it_is():
+    for name, method in all_methods().items():
+        assert method.summary and method.equation and method.citation, name
+        assert method.function.__doc__, name
+        assert all(p.help for p in method.parameters), name
+        assert set(method.one_of) <= {p.name for p in method.parameters}, name
+        for alias in method.aliases:
+            assert get_method(alias) is method
+
+
+def test_unknown_method_suggests_the_closest():
+    with pytest.raises(UserError, match=r"unknown method 'tie' - did you mean 'ties'\?"):
+        get_method("tie")
