@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from cart_hf.errors import UserError
 from cart_hf.merging import Progress, choose_device, default_workers, run
 from cart_hf.output.card import write_card
-from cart_hf.output.folder import WorkFolder, check_space, check_target, tokenizer_source, write_folder
+from cart_hf.output.folder import WorkFolder, check_inputs, check_space, check_target, tokenizer_source, write_folder
 from cart_hf.output.record import write_record
 from cart_hf.output.writer import WeightWriter
 from cart_hf.plan import Plan, lay_out, make_plan
@@ -86,12 +88,15 @@ def merge(
         )
     elif base or models or parameters or weights:
         raise UserError("give either a recipe or base, models and parameters, not both")
-    target = Path(output).expanduser()
+    target = resolved_target(output)
     check_target(target, overwrite=overwrite)
+    if workers is not None and workers < 1:
+        raise UserError(f"workers: must be at least 1, not {workers}")
     chosen = choose_device(device)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     plan = plan_merge(recipe)
+    check_inputs(target, plan)
     seconds["plan"] = time.perf_counter() - started
     started = time.perf_counter()
     for checkpoint in _everyone(plan):
@@ -99,6 +104,17 @@ def merge(
     seconds["fetch"] = time.perf_counter() - started
     _execute(plan, target, chosen, workers or default_workers(chosen), progress, seconds)
     return MergeResult(target, plan, seconds)
+
+
+def resolved_target(output: str | Path) -> Path:
+    """Return the output's absolute path, links resolved: a link is written through, never replaced.
+
+    :raises UserError: when it cannot be a path.
+    """
+    try:
+        return Path(output).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as failure:
+        raise UserError(f"output '{str(output)[:100]}': {failure}") from failure
 
 
 def plan_merge(recipe: Recipe) -> Plan:
@@ -137,9 +153,10 @@ def _execute(
             seconds["merge"] = time.perf_counter() - started
             write_folder(folder, plan, shards)
             write_record(folder, plan, shards, seconds, str(device))
-            write_card(folder, plan, target.resolve().name)
-        except OSError as failure:
-            raise UserError(f"cannot write the output beside {target}: {failure.strerror or failure}") from failure
+            write_card(folder, plan, target.name)
+        except (OSError, SafetensorError) as failure:  # safetensors wraps a full disk in an error of its own
+            reason = getattr(failure, "strerror", None) or failure
+            raise UserError(f"cannot write the output beside {target}: {reason}") from failure
 
 
 def _everyone(plan: Plan) -> list[Checkpoint]:

@@ -15,7 +15,7 @@ import cart_hf
 from cart_hf.api import plan_merge
 from cart_hf.errors import UserError
 from cart_hf.plan import Plan
-from cart_hf.recipe import Recipe, Reference, recipe_from_flags, recipe_from_mapping
+from cart_hf.recipe import Recipe, Reference, recipe_from_flags
 from cart_hf.recipe.reference import split_name
 from cart_hf.recipe.schema import parse_size
 from cart_hf.recipe.settings import evaluate, filters, matches_filter, matches_pattern, scalars
@@ -54,7 +54,7 @@ def read(text: str, family: dict[str, str] | None = None) -> Recipe:
             return [place(item) for item in value]
         return (family or {}).get(value, value) if isinstance(value, str) else value
 
-    return recipe_from_mapping(place(data))
+    return Recipe.from_mapping(place(data))
 
 
 def planned(plan: Plan, name: str, parameter: str) -> Any:

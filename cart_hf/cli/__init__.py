@@ -22,6 +22,7 @@ app = cyclopts.App(
     help_epilogue="`cart-hf VERB --help` shows a verb's options and examples; start with `cart-hf demo`.",
     version=__version__,
     help_format="markdown",
+    suppress_keyboard_interrupt=False,
 )
 for verb in (merge, recipes, demo, env):
     app.command(verb)
@@ -30,7 +31,7 @@ for verb in (merge, recipes, demo, env):
 def main() -> NoReturn:
     """Run the command line: exit 0 when done, 2 for the user's mistakes, 1 for anything else."""
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except UserError as failure:
         for problem in failure.problems:
             print(f"error: {problem}", file=sys.stderr)  # noqa: T201

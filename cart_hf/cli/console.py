@@ -8,14 +8,16 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+# No markup: brackets in a path or a model's name are what they are.
+out = Console(soft_wrap=True, highlight=False, markup=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 
 def warn(message: str) -> None:
     """Print a warning to stderr."""
-    err.print(f"[yellow]warning:[/] {message}", markup=True)
+    err.print(Text("warning: ", style="yellow") + Text(message))
 
 
 class Bars:

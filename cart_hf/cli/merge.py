@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
+from cyclopts.validators import Number
 
 from cart_hf.errors import UserError
 
@@ -33,7 +34,7 @@ def merge(
     tokenizer_source: Annotated[str | None, Parameter(group=MODELS)] = None,
     method: Annotated[str | None, Parameter(group=METHOD)] = None,
     rank_ratio: Annotated[float | None, Parameter(group=METHOD)] = None,
-    rank: Annotated[int | None, Parameter(group=METHOD)] = None,
+    rank: Annotated[float | None, Parameter(group=METHOD)] = None,
     energy: Annotated[float | None, Parameter(group=METHOD)] = None,
     scale: Annotated[float | None, Parameter(group=METHOD)] = None,
     density: Annotated[float | None, Parameter(group=METHOD)] = None,
@@ -47,7 +48,7 @@ def merge(
     max_shard_size: Annotated[str | None, Parameter(group=TENSORS)] = None,
     output: Annotated[Path | None, Parameter(group=EXECUTION)] = None,
     device: Annotated[str, Parameter(group=EXECUTION)] = "auto",
-    workers: Annotated[int | None, Parameter(group=EXECUTION)] = None,
+    workers: Annotated[int | None, Parameter(group=EXECUTION, validator=Number(gte=1))] = None,
     overwrite: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     dry_run: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     print_recipe: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
@@ -127,17 +128,22 @@ def merge(
     """
     from cart_hf.recipe import Recipe, recipe_from_flags
 
-    if recipe is not None and output_folder is None and output is None and models and not recipe.is_file():
+    if recipe is not None and output_folder is None and models and not recipe.is_file():
         recipe, output_folder = None, recipe  # `cart-hf merge OUT --base B --models A1 A2`
-    parameters = {
+    if output is not None and output_folder is not None:
+        raise UserError(f"two outputs: {output_folder} and --output {output}; give one")
+    parameters: dict[str, Any] = {
         "rank_ratio": rank_ratio,
-        "rank": rank,
+        "rank": int(rank) if rank is not None and rank.is_integer() else rank,
         "energy": energy,
         "scale": scale,
         "density": density,
         "fuse_qkv": fuse_qkv,
-        **_key_values(set_ or []),
     }
+    for key, value in _key_values(set_ or []).items():
+        if parameters.get(key) is not None:
+            raise UserError(f"--set {key}: given twice; keep one")
+        parameters[key] = value
     settings: dict[str, Any] = {
         "base": base,
         "models": models,
@@ -182,7 +188,7 @@ def _merge(
     format: str,
 ) -> None:
     import cart_hf
-    from cart_hf.api import plan_merge
+    from cart_hf.api import plan_merge, resolved_target
     from cart_hf.cli import preview
     from cart_hf.cli.console import out, progress_bars, quiet_libraries, size, warn
     from cart_hf.merging import choose_device, default_workers
@@ -191,13 +197,15 @@ def _merge(
     with quiet_libraries():
         if dry_run:
             if target is not None:
-                check_target(target, overwrite=overwrite)
+                check_target(resolved_target(target), overwrite=overwrite)
             plan = plan_merge(recipe)
             threads = workers or default_workers(choose_device(device))
             if format == "json":
                 print(json.dumps(preview.as_json(plan, threads), indent=2))  # noqa: T201
             else:
                 preview.show(plan, threads)
+            for warning in plan.warnings:
+                warn(warning)
             return
         assert target is not None
         with progress_bars() as bars:
@@ -233,8 +241,14 @@ def _key_values(words: list[str]) -> dict[str, Any]:
 
     pairs = {}
     for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
+        key, equals, text = word.partition("=")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as failure:
+            raise UserError(f"--set {word}: the value is not valid YAML") from failure
+        if not equals or not key or value is None:
             raise UserError(f"--set {word}: expected KEY=VALUE")
-        pairs[key] = yaml.safe_load(value)
+        if key in pairs:
+            raise UserError(f"--set {key}: given twice; keep one")
+        pairs[key] = value
     return pairs

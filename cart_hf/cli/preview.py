@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from cart_hf.cli.console import out, size, warn
+from cart_hf.cli.console import out, size
 from cart_hf.plan import Plan, PlannedTensor
 
 
@@ -77,11 +78,13 @@ def show(plan: Plan, workers: int) -> None:
     """Print the plan for people; nothing was written."""
     table = Table("role", "tensors", "shape", "rank", "count", "bytes", box=None, pad_edge=False)
     table.columns[1].overflow = "fold"
+    table.columns[1].min_width = 44
     for column in table.columns[2:]:
         column.justify, column.no_wrap = "right", True
     for row in _summary(plan):
         table.add_row(*row)
-    out.print(table)
+    # a pipe has no width: keep names whole
+    (out if out.is_terminal else Console(width=160, highlight=False, markup=False)).print(table)
     for name, head in plan.heads.items():
         out.print(f"head of {name}: {', '.join(tensor.key for tensor in head)}")
     for model in plan.models:
@@ -94,8 +97,6 @@ def show(plan: Plan, workers: int) -> None:
         f"output {size(plan.nbytes)}, about {size(plan.memory(workers))} of memory for tensors with {workers} workers; "
         "dry run: nothing was written"
     )
-    for warning in plan.warnings:
-        warn(warning)
 
 
 def headline(plan: Plan) -> str:

@@ -46,5 +46,8 @@ def recipes(
     target = target or Path(f"{name.removesuffix('.yaml')}.yaml")
     if target.exists():
         raise UserError(f"{target} exists; name another file")
-    target.write_text(text, encoding="utf-8")
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as failure:
+        raise UserError(f"cannot write {target}: {failure.strerror}") from failure
     out.print(f"copied to {target}; edit it, then: cart-hf merge {target} OUTPUT")

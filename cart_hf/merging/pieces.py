@@ -75,7 +75,10 @@ def read_input(plan: Plan, model: Checkpoint, name: str, span: tuple[int, int], 
     # a finite sum proves every entry finite; only otherwise look at each (a sum may overflow)
     if not torch.isfinite(values.sum()) and not bool(torch.isfinite(values).all()):
         kind = "NaN" if bool(torch.isnan(values).any()) else "Inf"
-        raise UserError(f"tensor '{name}' of {model.name} ({model.reference}) holds {kind}: the checkpoint is broken")
+        raise UserError(
+            f"tensor '{name}' of {model.name} ({model.reference}) holds {kind}: the checkpoint is broken; "
+            "save or download it again, or leave the model out"
+        )
     return values
 
 

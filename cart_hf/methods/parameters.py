@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +45,12 @@ class Parameter:
         if self.kind == "choice":
             return None if value in self.choices else f"must be one of {', '.join(self.choices)}, not {value!r}"
         if isinstance(value, bool) or not isinstance(value, int | float):
-            return f"must be a number, not {value!r}"
+            hint = "; YAML reads 1e-5 as a word, write 1.0e-5" if _is_number(value) else ""
+            return f"must be a number, not {value!r}{hint}"
+        if not math.isfinite(value):
+            return f"must be a finite number, not {value!r}"
         if self.kind == "integer" and value != int(value):
             return f"must be a whole number, not {value!r}"
-        if value != value:
-            return "is not a number (NaN)"
         if self.above is not None and not value > self.above:
             return f"must be greater than {self.above:g}, not {value!r}"
         if self.low is not None and value < self.low:
@@ -56,6 +58,14 @@ class Parameter:
         if self.high is not None and value > self.high:
             return f"must be at most {self.high:g}, not {value!r}"
         return None
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 WEIGHT = Parameter("weight", 1.0, "relative weight of each model", per_model=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
             above=0,
             high=1,
             per_model=True,
+            weighted_default=1.0,  # mergekit's default, for a recipe that weighs its models as mergekit's files do
             planning=True,
         ),
         WEIGHT,

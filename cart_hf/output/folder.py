@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from cart_hf.errors import UserError
-from cart_hf.output.record import MERGE_FILE, RECIPE_FILE
+from cart_hf.output.record import MERGE_FILE
 from cart_hf.plan import Plan, Shard
 from cart_hf.recipe import Reference
 from cart_hf.sources import DTYPES, Checkpoint
@@ -36,11 +37,18 @@ OTHER_FILES = ("generation_config.json",)
 def check_target(target: Path, *, overwrite: bool) -> None:
     """Refuse a target that exists, unless ``overwrite`` and it is an earlier output of ours (or empty).
 
+    :param target: an absolute path, links resolved.
     :raises UserError: with what to do.
     """
-    if not target.exists() and not target.is_symlink():
+    try:
+        exists = target.exists()
+    except OSError as failure:
+        raise UserError(f"{target}: {failure.strerror}; choose another output") from failure
+    if not exists:
         return
     if target.is_dir() and not any(target.iterdir()):
+        if target == Path.cwd():
+            raise UserError(f"{target} is the current folder, which cannot be replaced; name a folder in it")
         return
     if not overwrite:
         raise UserError(f"{target} exists; choose another output, or --overwrite to replace it")
@@ -50,24 +58,38 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         )
 
 
+def check_inputs(target: Path, plan: Plan) -> None:
+    """Refuse to replace a folder that is one of the inputs, or holds one, or lies in one.
+
+    :raises UserError: naming the model.
+    """
+    for checkpoint in _everyone(plan):
+        folder = checkpoint.folder.resolve()
+        if target == folder or target in folder.parents or folder in target.parents:
+            raise UserError(f"the output {target} is or holds {checkpoint.name} ({folder}), which it is made from")
+
+
 class WorkFolder:
     """A hidden folder beside the target; renamed to it on success, removed on failure.
 
+    :param target: an absolute path, links resolved.
     :raises UserError: when the target's parent cannot be written.
     """
 
     def __init__(self, target: Path) -> None:
         self._target = target
+        self._made: list[Path] = []
         self.path = target
 
     def __enter__(self) -> Path:
+        parent = self._target.parent
         try:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(
-                tempfile.mkdtemp(prefix=f".{self._target.name}.", suffix=".partial", dir=self._target.parent)
-            )
+            self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+            parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f".{self._target.name[:100]}.", suffix=".partial", dir=parent))
             self.path.chmod(0o755)  # mkdtemp's 0700 would follow the folder to its final name
         except OSError as failure:
+            self._remove()
             raise UserError(f"cannot write beside {self._target}: {failure.strerror or failure}") from failure
         return self.path
 
@@ -75,7 +97,7 @@ class WorkFolder:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._remove()
             return
         old = None
         if self._target.exists():
@@ -84,6 +106,14 @@ class WorkFolder:
         self.path.rename(self._target)
         if old is not None:
             shutil.rmtree(old)
+
+    def _remove(self) -> None:
+        """Remove the work folder, and the parents that were made for it."""
+        if self.path != self._target:
+            shutil.rmtree(self.path, ignore_errors=True)
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def check_space(folder: Path, nbytes: int) -> None:
@@ -171,14 +201,17 @@ def _write_task(folder: Path, plan: Plan, model: Checkpoint, shards: Sequence[Sh
 def _head_tensor(plan: Plan, model: Checkpoint, name: str) -> torch.Tensor:
     stored = model.tensors[name].stored
     values = model.read(name).view(stored.shape)
-    dtype = getattr(torch, plan.output_config["dtype"])
     if not DTYPES[stored.dtype].is_floating_point:
         return values
+    who = f"tensor '{name}' of {model.name} ({model.reference})"
     if not bool(torch.isfinite(values).all()):
+        raise UserError(f"{who} holds NaN or Inf: the checkpoint is broken; save or download it again, or leave it out")
+    result: torch.Tensor = values.to(getattr(torch, plan.output_config["dtype"]))
+    if not bool(torch.isfinite(result).all()):
         raise UserError(
-            f"tensor '{name}' of {model.name} ({model.reference}) holds NaN or Inf: the checkpoint is broken"
+            f"{who}: its values do not fit {plan.output_config['dtype']}; choose --out-dtype float32 or bfloat16"
         )
-    return values.to(dtype)
+    return result
 
 
 def _link(source: Path, target: Path) -> None:
@@ -197,6 +230,3 @@ def _write_index(folder: Path, weight_map: Mapping[str, str], nbytes: int) -> No
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-
-
-__all__ = ["RECIPE_FILE", "WorkFolder", "check_space", "check_target", "tokenizer_source", "write_folder"]

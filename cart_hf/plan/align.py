@@ -76,9 +76,10 @@ def _classes(table: Mapping[str, str | tuple[str, ...]]) -> set[str]:
     return {name for entry in table.values() for name in ((entry,) if isinstance(entry, str) else entry)}
 
 
-def align(checkpoint: Checkpoint, reference: Architecture, problems: list[str]) -> Aligned:
+def align(checkpoint: Checkpoint, reference: Architecture, anchor: str, problems: list[str]) -> Aligned:
     """Align one checkpoint with the merged model's architecture.
 
+    :param anchor: the name of the model whose architecture that is: the base, or the first model.
     :param problems: receives a line for each thing that does not fit.
     """
     mine = checkpoint.architecture
@@ -86,7 +87,7 @@ def align(checkpoint: Checkpoint, reference: Architecture, problems: list[str]) 
     who = f"{checkpoint.name} ({mine.class_name})"
     if not paths:
         problems.append(
-            f"{who} is another architecture than {reference.class_name}; "
+            f"{who} is another architecture than {anchor} ({reference.class_name}); "
             "cart-hf merges fine-tunes of one pretrained model"
         )
 
@@ -101,18 +102,50 @@ def align(checkpoint: Checkpoint, reference: Architecture, problems: list[str]) 
     backbone: dict[str, str] = {}
     slots: dict[str, str] = {}
     outside: list[str] = []
+    surplus: list[str] = []
     for name, tensor in checkpoint.tensors.items():
         slot, here = canonical(tensor.slot), canonical(name)
         if here and slot in reference.slots:
             backbone[here], slots[here] = name, slot
+        elif here or is_bare(mine.class_name):  # a tensor of the shared part itself, such as another layer's
+            surplus.append(name)
         else:
             outside.append(name)
-    if outside and paths and is_bare(mine.class_name):
+    if surplus and paths:
         problems.append(
-            f"{who} has {len(outside)} tensors that {reference.class_name} lacks: {shorten(outside)}; "
-            "is the base only a part of the model?"
+            f"{who} has {len(surplus)} tensor{'s' * (len(surplus) > 1)} that {anchor} ({reference.class_name}) lacks: "
+            f"{shorten(surplus)}; are they fine-tunes of one model, and is the base the whole of it?"
         )
     expected = {canonical(slot) for slot in mine.slots if slot not in mine.tied} & set(reference.slots)
+    # its class may do without a pooler, but not without a block
+    covered = tuple(paths.values())
+    expected |= {s for s, slot in reference.slots.items() if slot.block and _lies_under(s, covered)} - set(
+        reference.tied
+    )
     missing = frozenset(expected - set(slots.values()))
+    for key, ours, theirs in _differing_settings(mine, reference, paths):
+        problems.append(f"{who} has {key} {ours!r} where {anchor} has {theirs!r}: another architecture")
     prefix = next((f"{path}." for path, here in paths.items() if path and not here), "")
     return Aligned(checkpoint, backbone, slots, tuple(outside), missing, prefix)
+
+
+def _lies_under(name: str, paths: Sequence[str]) -> bool:
+    return any(path == "" or name.startswith(f"{path}.") for path in paths)
+
+
+def _differing_settings(
+    mine: Architecture, reference: Architecture, paths: Mapping[str, str]
+) -> list[tuple[str, object, object]]:
+    """Compare what the shared sub-models compute, as far as shapes do not tell: heads, activations, norms."""
+    differences: list[tuple[str, object, object]] = []
+    for path, here in paths.items():
+        for sub, settings in mine.settings.items():
+            if sub == path or path == "" or sub.startswith(f"{path}."):
+                rest = sub.removeprefix(path).removeprefix(".")
+                theirs = reference.settings.get(".".join(part for part in (here, rest) if part), {})
+                differences += [
+                    (key, value, theirs[key])
+                    for key, value in settings.items()
+                    if key in theirs and theirs[key] != value
+                ]
+    return [difference for i, difference in enumerate(differences) if difference not in differences[:i]]

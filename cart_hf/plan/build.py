@@ -56,13 +56,10 @@ def make_plan(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoi
         recipe,
         method,
         reference,
-        align(base, reference, []) if base else None,
-        tuple(align(model, reference, problems) for model in models),
+        align(base, reference, base.name, problems) if base else None,
+        tuple(align(model, reference, (base or models[0]).name, problems) for model in models),
     )
     checks.check_swapped(base, models, problems)
-    for model in models:
-        if base is not None:
-            checks.check_configs(base, model, problems)
     checks.check_heads(context.models, problems)
     if not problems:  # else every tensor would be reported
         checks.check_tensors(context.base, context.models, reference, problems)
@@ -71,10 +68,15 @@ def make_plan(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoi
     everyone = [*([context.base] if context.base else []), *context.models]
     names = dict.fromkeys(name for aligned in everyone for name in aligned.backbone)
     tensors = _fuse_qkv([_plan_tensor(context, name) for name in names])
-    checks.check_patterns(recipe, tensors, problems)
+    checks.check_patterns(recipe, method, tensors, problems)
+    checks.check_weights(method, tensors, problems)
     checks.check_low_rank(method, tensors, problems)
     if problems:
         raise UserError(problems)
+    heads = {
+        aligned.checkpoint.name: tuple(HeadTensor(aligned.checkpoint.tensors[n].key, n) for n in aligned.head)
+        for aligned in context.headed
+    }
     return Plan(
         recipe=recipe,
         method=method,
@@ -83,11 +85,8 @@ def make_plan(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoi
         output_class=reference.class_name,
         output_config=_output_config(base or models[0], reference, tensors),
         tensors=tuple(tensors),
-        heads={
-            aligned.checkpoint.name: tuple(HeadTensor(aligned.checkpoint.tensors[n].key, n) for n in aligned.head)
-            for aligned in context.headed
-        },
-        warnings=tuple(checks.warnings_for(method, base, models, tensors)),
+        heads=heads,
+        warnings=tuple(checks.warnings_for(method, base, models, heads, tensors)),
     )
 
 

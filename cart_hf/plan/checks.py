@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cart_hf.errors import shorten
@@ -13,29 +13,7 @@ from cart_hf.recipe import Recipe
 from cart_hf.recipe.settings import evaluate, filters, matches_pattern
 from cart_hf.sources import DTYPES, Architecture, Checkpoint
 
-# Settings that change what the same tensors compute: two models that differ in one cannot be merged.
-FUNCTIONAL_KEYS = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "position_embedding_type",
-    "layer_norm_eps",
-    "rope_theta",
-)
-
-
-def check_configs(base: Checkpoint, model: Checkpoint, problems: list[str]) -> None:
-    """Refuse models whose settings make the same tensors compute something else."""
-    mine, theirs = model.config, base.config
-    if mine.get("model_type") != theirs.get("model_type"):
-        # a tower of a composite model, such as CLIP's vision tower (clip_vision_model)
-        tower = str(mine.get("model_type", "")).removesuffix("_model").rpartition("_")[2]
-        theirs = theirs.get(f"{tower}_config") or {}
-    for key in FUNCTIONAL_KEYS:
-        if key in mine and key in theirs and mine[key] != theirs[key]:
-            problems.append(
-                f"{model.name} has {key} {mine[key]!r}, {base.name} has {theirs[key]!r}: different architectures"
-            )
+MOST_MISMATCHES = 3  # of one pair of models: a model of another width would fill the screen
 
 
 def check_swapped(base: Checkpoint | None, models: Sequence[Checkpoint], problems: list[str]) -> None:
@@ -74,13 +52,22 @@ def check_tensors(
     for aligned in everyone:
         holes = [slot for slot in sorted(aligned.missing) if is_hole(slot, aligned)]
         if holes:
-            problems.append(f"{aligned.checkpoint.name}: {len(holes)} tensors are missing: {shorten(holes)}")
+            count = "a tensor is" if len(holes) == 1 else f"{len(holes)} tensors are"
+            problems.append(
+                f"{aligned.checkpoint.name}: {count} missing: {shorten(holes)}; "
+                "the checkpoint is incomplete, save it again"
+            )
+    mismatches: dict[tuple[str, str], list[str]] = {}
     for name in dict.fromkeys(name for aligned in everyone for name in aligned.backbone):
         first, *others = [aligned for aligned in everyone if name in aligned.backbone]
         for other in others:
             problem = _mismatch(name, first, other)
             if problem:
-                problems.append(problem)
+                mismatches.setdefault((first.checkpoint.name, other.checkpoint.name), []).append(problem)
+    for (one, two), found in mismatches.items():
+        problems.extend(found[:MOST_MISMATCHES])
+        if len(found) > MOST_MISMATCHES:
+            problems.append(f"and {len(found) - MOST_MISMATCHES} more tensors of {two} do not fit those of {one}")
 
 
 def _mismatch(name: str, one: Aligned, other: Aligned) -> str | None:
@@ -93,16 +80,18 @@ def _mismatch(name: str, one: Aligned, other: Aligned) -> str | None:
                 f"tensor '{name}' is {sizes}: the vocabularies have {a.shape[0]} and {b.shape[0]} tokens; "
                 "merge models that kept the base's tokenizer"
             )
-        return f"tensor '{name}' has shape {sizes}"
+        return f"tensor '{name}' has shape {sizes}; merge fine-tunes of one pretrained model"
     if a.is_floating != b.is_floating:
         return f"tensor '{name}' is {a.dtype} in {names[0]} and {b.dtype} in {names[1]}"
     return None
 
 
-def check_patterns(recipe: Recipe, tensors: Sequence[PlannedTensor], problems: list[str]) -> None:
+def check_patterns(recipe: Recipe, method: Method, tensors: Sequence[PlannedTensor], problems: list[str]) -> None:
     """Report patterns and filters that match no tensor: they are typing mistakes."""
     names = [(tensor.name, tensor.key) for tensor in tensors]
     example = next((t.name for t in tensors if t.role == "low_rank"), tensors[-1].name)
+    if recipe.include and not method.low_rank:
+        problems.append(f"include: {method.name} decomposes no matrices, it already acts on every tensor; leave it out")
     for place, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
         for pattern in patterns:
             if not any(matches_pattern(pattern, pair) for pair in names):
@@ -125,8 +114,24 @@ def check_low_rank(method: Method, tensors: Sequence[PlannedTensor], problems: l
         )
 
 
+def check_weights(method: Method, tensors: Sequence[PlannedTensor], problems: list[str]) -> None:
+    """Refuse weights that sum to zero where the method divides by their sum."""
+    for tensor in tensors:
+        weights = tensor.parameters.get("weight")
+        divides = tensor.role in ("average", "low_rank") or tensor.parameters.get("normalize")
+        if tensor.role == "average" and method.name == "average":
+            divides = tensor.parameters.get("normalize")
+        if weights and divides and abs(sum(weights)) <= 1e-9 * max(map(abs, weights)):
+            problems.append(f"the models' weights for tensor '{tensor.name}' sum to zero ({weights}); give others")
+            return
+
+
 def warnings_for(
-    method: Method, base: Checkpoint | None, models: Sequence[Checkpoint], tensors: Sequence[PlannedTensor]
+    method: Method,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    heads: Collection[str],
+    tensors: Sequence[PlannedTensor],
 ) -> list[str]:
     """Return what the user should know although the merge is possible."""
     warnings = []
@@ -138,6 +143,11 @@ def warnings_for(
     types = sorted({s.dtype for s in stored if DTYPES[s.dtype].is_floating_point})
     if len(types) > 1:
         warnings.append(f"the models' weights are stored in different types ({', '.join(types)})")
+    headless = [
+        model.name for model in models if model.name not in heads and not has_shared_head(model.architecture.class_name)
+    ]
+    if headless:
+        warnings.append(f"{shorten(headless)}: the files hold no head, so tasks/NAME is not written")
     vocabularies = {checkpoint.name: _vocabulary(checkpoint) for checkpoint in (*([base] if base else []), *models)}
     known = {name: text for name, text in vocabularies.items() if text is not None}
     first = next(iter(known), None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_HUB_PART = re.compile(r"[\w][\w.-]*")
+_HUB_PART = re.compile(r"[\w][\w.-]{0,95}")
 _NAME = re.compile(r"[\w][\w.-]*")
 
 
@@ -32,21 +32,21 @@ class Reference:
         """
         if not text:
             raise ValueError("an empty model reference")
-        if Path(text).expanduser().exists():
+        if exists(text):
             return cls(str(Path(text).expanduser()))
         head, at, revision = text.partition("@")
-        if at and Path(head).expanduser().exists():
+        if at and head and exists(head):
             raise ValueError(f"'{head}' is a local folder: '@{revision}' is for Hub ids only")
         if looks_local(text):
             raise ValueError(f"folder not found: {text}")
-        if "+" in head:
+        if "+" in text:
             raise ValueError(
                 f"'{text}': LoRA adapters as merge sources (base+adapter) are not supported; "
                 "merge the adapter into its base first (PEFT: merge_and_unload) and name that folder"
             )
         parts = head.split("/")
-        if not all(_HUB_PART.fullmatch(part) for part in parts) or (at and not revision):
-            raise ValueError(f"'{text}' is neither an existing folder nor a Hub id (org/name or org/name@revision)")
+        if not all(_HUB_PART.fullmatch(part) for part in parts) or (at and not revision) or "@" in revision:
+            raise ValueError(f"'{text[:100]}' is neither an existing folder nor a Hub id (org/name, org/name@revision)")
         return cls("/".join(parts[:2]), revision or None, "/".join(parts[2:]) or None)
 
     @classmethod
@@ -62,28 +62,33 @@ class Reference:
         inner = value.get("model", value)
         if isinstance(inner, str):
             inner = {"path": inner}
+        if not isinstance(inner, dict):
+            raise ValueError(f"expected a Hub id or a folder, not {inner!r}")
         for key in ("lora", "override_architecture"):
             if value.get(key) is not None:
                 raise ValueError(f"'{key}' is valid mergekit, but cart-hf does not support it")
-        unknown = sorted(set(inner) - {"path", "revision", "subfolder"})
-        if unknown or not isinstance(inner.get("path"), str):
-            raise ValueError(f"expected {{path, revision, subfolder}}, found {sorted(inner)}")
+        if set(inner) - {"path", "revision", "subfolder"} or not isinstance(inner.get("path"), str):
+            raise ValueError(f"expected {{path, revision, subfolder}}, found keys {', '.join(sorted(map(str, inner)))}")
         found = cls.parse(inner["path"])
         revision, subfolder = inner.get("revision") or found.revision, inner.get("subfolder") or found.subfolder
         if subfolder and not all(_HUB_PART.fullmatch(part) for part in str(subfolder).split("/")):
             raise ValueError(f"subfolder '{subfolder}' is not a plain folder of the repository")
-        return cls(found.path, str(revision) if revision else None, str(subfolder) if subfolder else None)
+        if revision is not None and not isinstance(revision, str):
+            raise ValueError(f"revision {revision!r} is not text; quote it: YAML reads some commits as numbers")
+        if revision and found.is_local:
+            raise ValueError(f"'{found.path}' is a local folder: a revision ({revision}) is for Hub ids only")
+        return cls(found.path, revision or None, str(subfolder) if subfolder else None)
 
     @property
     def is_local(self) -> bool:
         """Whether it names a folder (or file) of this machine."""
-        return Path(self.path).expanduser().exists()
+        return exists(self.path)
 
     @property
     def default_name(self) -> str:
         """The reference's last part."""
         last = self.subfolder or (str(Path(self.path).resolve()) if self.is_local else self.path)
-        return re.sub(r"[^\w.-]", "-", Path(last).name) or "model"
+        return re.sub(r"[^\w.-]", "-", Path(last).name).lstrip("-.") or "model"
 
     def to_yaml(self) -> str | dict[str, str]:
         """Return what a recipe would hold: a string where one says it all, else a mapping."""
@@ -100,6 +105,14 @@ class Reference:
         return place if self.revision is None else f"{place}@{self.revision}"
 
 
+def exists(text: str) -> bool:
+    """Whether ``text`` names something on this machine; what cannot be a path (too long, no such user) does not."""
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
 def looks_local(text: str) -> bool:
     """Whether a person who writes ``text`` means a path: it starts like one, or has a Windows drive or backslash."""
     return text.startswith(("/", "./", "../", "~", ".\\")) or text in (".", "..") or "\\" in text or text.endswith("/")
@@ -108,7 +121,7 @@ def looks_local(text: str) -> bool:
 def split_name(text: str) -> tuple[str | None, str]:
     """Split ``NAME=REF`` into (name, ref); the name is None when there is none or the whole text is a path."""
     name, equals, reference = text.partition("=")
-    if equals and _NAME.fullmatch(name) and not Path(text).exists():
+    if equals and _NAME.fullmatch(name) and not exists(text):
         return name, reference
     return None, text
 

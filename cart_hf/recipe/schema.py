@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cart_hf.errors import UserError
+from cart_hf.methods import Method
+from cart_hf.recipe import validation
 from cart_hf.recipe.reference import Reference, is_task_name, split_name
+from cart_hf.recipe.settings import pattern_problem
 
 FloatType = Literal["float32", "float64", "bfloat16", "float16"]
-UNSUPPORTED = {
-    "slices": "stacking layer ranges",
-    "modules": "merging sub-modules separately",
-    "tokenizer": "tokenizer surgery",
-    "chat_template": "replacing chat templates",
-    "name": "multi-stage merges (mergekit-multi)",
-}
 
 
 class ModelEntry(BaseModel):
@@ -103,6 +100,14 @@ class Recipe(BaseModel):
     def _plain_dtype(cls, value: Any) -> Any:
         return value.removeprefix("torch.") if isinstance(value, str) else value
 
+    @field_validator("include", "exclude")
+    @classmethod
+    def _readable_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        problems = [problem for problem in map(pattern_problem, value) if problem]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return value
+
     @field_validator("tokenizer_source")
     @classmethod
     def _no_surgery(cls, value: str) -> str:
@@ -122,20 +127,72 @@ class Recipe(BaseModel):
 
         :raises UserError: with every problem found, when the file or anything in it is wrong.
         """
-        from cart_hf.recipe.reading import recipe_from_mapping
-
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as failure:
             raise UserError(f"cannot read the recipe {path}: {failure.strerror}") from failure
         except (yaml.YAMLError, UnicodeDecodeError) as failure:
-            raise UserError(f"{path} is not valid YAML: {failure}") from failure
+            raise UserError(f"{path} is not valid YAML: {_one_line(failure)}") from failure
         if not isinstance(data, dict):
             raise UserError(f"{path}: a recipe is a mapping with merge_method, base_model and models")
         try:
-            return recipe_from_mapping(data)
+            return cls.from_mapping(data)
         except UserError as failure:
             raise UserError([f"{path}: {problem}" for problem in failure.problems]) from failure
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> Recipe:
+        """Read a recipe from what YAML holds: check everything, and make the method's defaults explicit.
+
+        :raises UserError: with every problem found.
+        """
+        problems = validation.unsupported(data)
+        if "slices" in data or "modules" in data:  # another kind of recipe: nothing else of it can be judged
+            raise UserError(problems)
+        cleaned = {key: value for key, value in data.items() if key not in validation.UNSUPPORTED}
+        recipe = None
+        try:
+            recipe = cls.model_validate(cleaned)
+        except ValidationError as failure:
+            fields = cls.model_fields, ModelEntry.model_fields
+            problems.extend(validation.explain(error, *fields) for error in failure.errors())  # type: ignore[arg-type]
+        method = validation.method_of(cleaned, problems)
+        if method is not None:
+            validation.check_parameters(cleaned, method, problems)
+            if recipe is not None:
+                recipe = recipe._settled(method, problems)
+        if problems or recipe is None:
+            raise UserError(problems)
+        return recipe
+
+    def _settled(self, method: Method, problems: list[str]) -> Recipe:
+        """Make explicit what the method implies, and check the models against it."""
+        models = self.models
+        if method.needs_base:
+            if self.base_model is None:
+                problems.append(f"base_model: {method.name} works on task vectors and needs the base model")
+            # mergekit's files list the base among the models; its own task vector is zero
+            models = tuple(entry for entry in models if entry.model != self.base_model)
+        if len(models) < 2:
+            found = f"only one model ({models[0].model})" if models else "no model to merge"
+            problems.append(f"models: {found}; a merge needs at least two")
+        names = [entry.name.lower() for entry in models]  # folders: not every file system tells a from A
+        for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+            places = " and ".join(str(entry.model) for entry in models if entry.name.lower() == name)
+            problems.append(
+                f"models: {places} are both called '{name}'; give each its own name (flags: NAME=REF, recipe: name:)"
+            )
+        weighted = any("weight" in scope for scope in (self.parameters, *(entry.parameters for entry in models)))
+        return self.model_copy(
+            update={
+                "merge_method": method.name,
+                "parameters": validation.settled_parameters(method, self.parameters, weighted=weighted),
+                "models": tuple(
+                    entry.model_copy(update={"parameters": validation.canonical(method, entry.parameters)})
+                    for entry in models
+                ),
+            }
+        )
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML that :meth:`load` reads back to the same recipe."""
@@ -162,6 +219,13 @@ class Recipe(BaseModel):
             if key == "dtype" or (value not in (None, (), {}) and value != defaults[key].default):
                 data[key] = list(value) if isinstance(value, tuple) else value
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+
+
+def _one_line(failure: Exception) -> str:
+    """Return YAML's complaint with its place."""
+    mark = getattr(failure, "problem_mark", None)
+    problem = getattr(failure, "problem", None) or " ".join(str(failure).split())
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(problem)
 
 
 def parse_size(text: str) -> int:

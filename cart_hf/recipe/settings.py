@@ -14,9 +14,12 @@ def scalars(setting: Any) -> Iterator[Any]:
     :raises ValueError: when the setting has none of the known forms.
     """
     if isinstance(setting, dict):
-        unknown = sorted(set(setting) - {"filter", "value"})
+        unknown = set(setting) - {"filter", "value"}
         if unknown or "value" not in setting:
             raise ValueError(f"expected {{filter, value}}, found keys {sorted(map(str, setting))}")
+        problem = pattern_problem(setting.get("filter", "*"))
+        if problem:
+            raise ValueError(f"filter {problem}")
         yield from scalars(setting["value"])
     elif isinstance(setting, list):
         if not setting:
@@ -60,13 +63,26 @@ def matches_pattern(pattern: str, names: Sequence[str]) -> bool:
     return matches_filter(pattern, names)
 
 
+def pattern_problem(pattern: Any) -> str | None:
+    """Say what is wrong with a filter or pattern, or None."""
+    if not isinstance(pattern, str):
+        return f"must be text, not {pattern!r}"
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as failure:
+            return f"'{pattern}' is not a regular expression: {failure}"
+    return None
+
+
 def filters(setting: Any) -> list[str]:
     """Return the filters a setting uses, other than ``*``, to report those that match nothing."""
-    if isinstance(setting, dict):
-        setting = [setting]
-    if not isinstance(setting, list):
+    if isinstance(setting, list):
+        return [name for item in setting for name in filters(item)]
+    if not isinstance(setting, dict):
         return []
-    return [item["filter"] for item in setting if isinstance(item, dict) and item.get("filter") not in (None, "*")]
+    own = [] if setting.get("filter") in (None, "*") else [setting["filter"]]
+    return own + filters(setting.get("value"))
 
 
 def _gradient(points: list[Any], position: float) -> Any:

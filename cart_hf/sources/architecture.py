@@ -22,6 +22,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+NAMES_ONLY = ("_name_or_path", "finetuning_task", "transformers_version")
+FUNCTIONAL_SETTINGS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "activation",
+    "activation_function",
+    "position_embedding_type",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rms_norm_eps",
+    "rope_theta",
+    "relative_attention",
+    "pos_att_type",
+)
+"""Settings that change what the same tensors compute: models that differ in one cannot be merged."""
+
+
 @dataclass(frozen=True)
 class Block:
     """Where a tensor stands among the repeated blocks of its tower.
@@ -73,6 +91,11 @@ class Architecture:
         # type name of every sub-model by path; "" is the model itself
         self.submodels: dict[str, str] = {
             path: type(module).__name__ for path, module in model.named_modules() if isinstance(module, PreTrainedModel)
+        }
+        # what each sub-model computes with its tensors, as far as their shapes do not tell
+        self.settings: dict[str, dict[str, Any]] = {
+            path: {key: getattr(model.get_submodule(path).config, key, None) for key in FUNCTIONAL_SETTINGS}
+            for path in self.submodels
         }
         self._model = model
 
@@ -134,18 +157,17 @@ def describe(config: Mapping[str, Any], label: str, *, bare: bool = False) -> Ar
     :param bare: the model without any head (what ``AutoModel`` builds), whatever ``architectures`` says.
     :raises UserError: when transformers does not know it, or it needs remote code or is quantised.
     """
-    model_type = config.get("model_type")
-    if not model_type:
+    if not isinstance(config.get("model_type"), str):
         raise UserError(f"{label}: config.json names no model_type; cart-hf merges transformers models")
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{label} is quantised ({config['quantization_config'].get('quant_method', '?')}); merge full weights"
-        )
+    quantization = config.get("quantization_config")
+    if quantization:
+        kind = quantization.get("quant_method", "?") if isinstance(quantization, Mapping) else quantization
+        raise UserError(f"{label} is quantised ({kind}); merge the full-precision weights")
     names = config.get("architectures") or []
-    # labels and names do not change the structure: leave them out of the cache's key
-    structural = {
-        k: v for k, v in config.items() if k not in ("_name_or_path", "finetuning_task", "transformers_version")
-    }
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{label}: architectures in config.json must be a list of class names, not {names!r}")
+    # names of models and runs do not change the structure: leave them out of the cache's key
+    structural = {key: value for key, value in config.items() if key not in NAMES_ONLY}
     return _build(json.dumps(structural, sort_keys=True, default=str), "" if bare or not names else names[0], label)
 
 
@@ -155,35 +177,35 @@ def _build(config_json: str, class_name: str, label: str) -> Architecture:
 
     data = json.loads(config_json)
     model_type = data.pop("model_type")
+    installed = f"transformers {transformers.__version__}"
     if model_type not in transformers.CONFIG_MAPPING:
-        raise UserError(
-            f"{label}: model type '{model_type}' is unknown to transformers {transformers.__version__}"
-            + (
-                " and needs remote code, which cart-hf never runs"
-                if data.get("auto_map")
-                else "; upgrade transformers?"
-            )
+        reason = (
+            "and needs remote code, which cart-hf never runs" if data.get("auto_map") else "; upgrade transformers?"
         )
+        raise UserError(f"{label}: model type '{model_type}' is unknown to {installed} {reason}".replace(" ;", ";"))
     config_class = transformers.CONFIG_MAPPING[model_type]
-    config = config_class.from_dict(data)
-    model_class = getattr(transformers, class_name, None) if class_name else None
-    if class_name and model_class is None:
+    model_class = getattr(transformers, class_name, None) if class_name else _bare_class(config_class)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise UserError(
-            f"{label}: transformers {transformers.__version__} has no class {class_name} (config.json: architectures)"
+            f"{label}: {installed} has no model class {class_name or model_type} (config.json: architectures)"
         )
-    if model_class is None:
-        if config_class not in transformers.MODEL_MAPPING:
-            raise UserError(f"{label}: transformers has no model for configuration {config_class.__name__}")
-        model_class = transformers.MODEL_MAPPING[config_class]
-        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     try:
         with torch.device("meta"):
-            model = model_class(config)
-    except Exception as failure:  # whatever a model's constructor raises for a wrong config
+            model = model_class(config_class.from_dict(data))
+    except Exception as failure:  # whatever a configuration or a model raises for values that make no sense
+        reason = " ".join(str(failure).split())[:300]
         raise UserError(
-            f"{label}: transformers cannot build {model_class.__name__} from config.json: {failure}"
+            f"{label}: transformers cannot build {model_class.__name__} from config.json: {reason}"
         ) from failure
     return Architecture(model)
+
+
+def _bare_class(config_class: type) -> Any:
+    """Return the class without a head that belongs to a configuration, or None."""
+    import transformers
+
+    found = transformers.MODEL_MAPPING.get(config_class, None)
+    return found[0] if isinstance(found, tuple) else found
 
 
 def _slots(model: torch.nn.Module) -> dict[str, Slot]:

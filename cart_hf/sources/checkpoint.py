@@ -140,9 +140,10 @@ def _by_module_name(
     for owner, copy in copies.items():
         tensors.setdefault(owner, FileTensor(copy.key, owner, copy.stored, copy.file))
     if problems:
-        raise UserError(problems)
+        raise UserError(problems[:3] + ([f"{name}: and {len(problems) - 3} more tensors"] if len(problems) > 3 else []))
     if not tensors:
-        raise UserError(f"{name}: none of the tensors ({shorten(ignored)}) belongs to {architecture.class_name}")
+        found = f"none of its tensors ({shorten(ignored)}) belongs to" if ignored else "its files hold no tensor of"
+        raise UserError(f"{name}: {found} {architecture.class_name}; is config.json the model's own?")
     return tensors, ignored
 
 

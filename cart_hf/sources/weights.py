@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -156,23 +157,27 @@ class PickleFile:
         return self._state[key].reshape(-1)[start:stop].clone()
 
 
-def parse_header(label: str, header: Mapping[str, Any]) -> dict[str, StoredTensor]:
+def parse_header(label: str, header: Any) -> dict[str, StoredTensor]:
     """Turn a safetensors header into :class:`StoredTensor`, checking that types, shapes and offsets agree.
 
     :raises UserError: naming the file and the tensor that is wrong.
     """
+    if not isinstance(header, Mapping):
+        raise UserError(f"{label}: the safetensors header is damaged; download the file again")
     tensors = {}
     for key, entry in header.items():
         if key == "__metadata__":
             continue
         try:
-            dtype, shape, (start, stop) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+            dtype, shape, (start, stop) = str(entry["dtype"]), tuple(map(int, entry["shape"])), entry["data_offsets"]
+            if not (isinstance(start, int) and isinstance(stop, int)):
+                raise TypeError("offsets are numbers")
         except (KeyError, TypeError, ValueError) as failure:
             raise UserError(f"{label}: the header of tensor '{key}' is damaged; download the file again") from failure
         if dtype not in DTYPES:
             raise UserError(f"{label}: tensor '{key}' has type {dtype}; cart-hf reads {', '.join(DTYPES)}")
         stored = StoredTensor(dtype, shape, start)
-        if start < 0 or stop - start != stored.nbytes:
+        if start < 0 or min(shape, default=0) < 0 or stop - start != stored.nbytes:
             raise UserError(f"{label}: tensor '{key}' has offsets that do not fit its shape; download the file again")
         tensors[key] = stored
     return tensors
@@ -180,8 +185,8 @@ def parse_header(label: str, header: Mapping[str, Any]) -> dict[str, StoredTenso
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
     advice = (
-        "cart-hf reads pickles with weights_only=True and nothing else; save the model as safetensors "
-        "(model.save_pretrained) where you trust the file"
+        "cart-hf reads pickles with weights_only=True and nothing else; where you trust the file, load the model and "
+        "save it as safetensors (save_pretrained)"
     )
     try:
         try:
@@ -190,14 +195,16 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
             if "mmap" not in str(failure):
                 raise
             state = torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
-    except Exception as failure:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a bad pickle
-        reason = str(failure).strip().splitlines() or [type(failure).__name__]
-        raise UserError(
-            f"{path} is damaged, or is a pickle that is not plain tensors ({reason[0]}); {advice}"
-        ) from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is not a pickle of plain tensors; {advice}") from None
+    except Exception:  # torch raises RuntimeError, EOFError, KeyError, ... for a damaged file
+        raise UserError(f"{path} is damaged, or no PyTorch file; download it again") from None
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds a {type(state).__name__}, not a mapping of names to tensors; {advice}")
-    wrong = [str(key) for key, value in state.items() if not isinstance(value, torch.Tensor)]
-    if wrong:
-        raise UserError(f"{path}: '{wrong[0]}' is not a tensor; {advice}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: {key!r} is not a tensor with a name; {advice}")
+        if value.dtype not in DTYPES.values() or value.layout != torch.strided or value.is_meta:
+            kind = f"{value.layout}, {value.dtype}".replace("torch.", "")
+            raise UserError(f"{path}: tensor '{key}' is {kind}; cart-hf reads dense tensors of {', '.join(DTYPES)}")
     return dict(state)
