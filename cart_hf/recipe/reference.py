@@ -59,25 +59,28 @@ class Reference:
             return cls.parse(value)
         if not isinstance(value, dict):
             raise ValueError(f"expected a Hub id or a folder, not {value!r}")
-        inner = value.get("model", value)
-        if isinstance(inner, str):
-            inner = {"path": inner}
-        if not isinstance(inner, dict):
-            raise ValueError(f"expected a Hub id or a folder, not {inner!r}")
         for key in ("lora", "override_architecture"):
             if value.get(key) is not None:
                 raise ValueError(f"'{key}' is valid mergekit, but cart-hf does not support it")
-        if set(inner) - {"path", "revision", "subfolder"} or not isinstance(inner.get("path"), str):
-            raise ValueError(f"expected {{path, revision, subfolder}}, found keys {', '.join(sorted(map(str, inner)))}")
-        found = cls.parse(inner["path"])
-        revision, subfolder = inner.get("revision") or found.revision, inner.get("subfolder") or found.subfolder
-        if subfolder and not all(_HUB_PART.fullmatch(part) for part in str(subfolder).split("/")):
-            raise ValueError(f"subfolder '{subfolder}' is not a plain folder of the repository")
+        inner = value.get("model", value)
+        if isinstance(inner, str):
+            return cls.parse(inner)
+        if not isinstance(inner, dict) or not isinstance(inner.get("path"), str):
+            raise ValueError(f"expected a Hub id, a folder or {{path, revision, subfolder}}, not {inner!r}")
+        unknown = ", ".join(str(key) for key in inner if key not in ("path", "revision", "subfolder"))
+        if unknown:
+            raise ValueError(f"expected {{path, revision, subfolder}}, found {unknown}")
+        return cls.parse(inner["path"])._with(inner.get("revision"), inner.get("subfolder"))
+
+    def _with(self, revision: Any, subfolder: Any) -> Reference:
+        """Return this reference with the revision and subfolder that a mapping names beside it."""
         if revision is not None and not isinstance(revision, str):
             raise ValueError(f"revision {revision!r} is not text; quote it: YAML reads some commits as numbers")
-        if revision and found.is_local:
-            raise ValueError(f"'{found.path}' is a local folder: a revision ({revision}) is for Hub ids only")
-        return cls(found.path, revision or None, str(subfolder) if subfolder else None)
+        if revision and self.is_local:
+            raise ValueError(f"'{self.path}' is a local folder: a revision ({revision}) is for Hub ids only")
+        if subfolder and not all(_HUB_PART.fullmatch(part) for part in str(subfolder).split("/")):
+            raise ValueError(f"subfolder '{subfolder}' is not a plain folder of the repository")
+        return Reference(self.path, revision or self.revision, str(subfolder) if subfolder else self.subfolder)
 
     @property
     def is_local(self) -> bool:
