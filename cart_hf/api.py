@@ -99,7 +99,7 @@ def merge(
     check_inputs(target, plan)
     seconds["plan"] = time.perf_counter() - started
     started = time.perf_counter()
-    for checkpoint in _everyone(plan):
+    for checkpoint in plan.checkpoints:
         checkpoint.fetch()
     seconds["fetch"] = time.perf_counter() - started
     _execute(plan, target, chosen, workers or default_workers(chosen), progress, seconds)
@@ -157,7 +157,3 @@ def _execute(
         except (OSError, SafetensorError) as failure:  # safetensors wraps a full disk in an error of its own
             reason = getattr(failure, "strerror", None) or failure
             raise UserError(f"cannot write the output beside {target}: {reason}") from failure
-
-
-def _everyone(plan: Plan) -> list[Checkpoint]:
-    return [*([plan.base] if plan.base else []), *plan.models]

@@ -20,9 +20,8 @@ def write_card(folder: Path, plan: Plan, title: str) -> None:
     template = jinja2.Environment(keep_trailing_newline=True).from_string(
         Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     )
-    everyone = [*([plan.base] if plan.base else []), *plan.models]
     text = template.render(
-        metadata=yaml.safe_dump(_metadata(plan, everyone), sort_keys=False),
+        metadata=yaml.safe_dump(_metadata(plan), sort_keys=False),
         title=title,
         method=plan.method,
         version=__version__,
@@ -38,9 +37,9 @@ def write_card(folder: Path, plan: Plan, title: str) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _metadata(plan: Plan, everyone: list[Checkpoint]) -> dict[str, object]:
+def _metadata(plan: Plan) -> dict[str, object]:
     # the Hub refuses a card whose base_model is a local path
-    ids = [c.reference.path for c in everyone if not c.reference.is_local]
+    ids = [c.reference.path for c in plan.checkpoints if not c.reference.is_local]
     data: dict[str, object] = {"base_model": ids, "base_model_relation": "merge"} if ids else {}
     data |= {"library_name": "transformers", "tags": ["merge", "cart-hf", plan.method.name]}
     classes = [model.architecture.class_name for model in plan.models]

@@ -63,7 +63,7 @@ def check_inputs(target: Path, plan: Plan) -> None:
 
     :raises UserError: naming the model.
     """
-    for checkpoint in _everyone(plan):
+    for checkpoint in plan.checkpoints:
         folder = checkpoint.folder.resolve()
         if target == folder or target in folder.parents or folder in target.parents:
             raise UserError(f"the output {target} is or holds {checkpoint.name} ({folder}), which it is made from")
@@ -133,9 +133,9 @@ def write_folder(folder: Path, plan: Plan, shards: Sequence[Shard]) -> None:
         weight_map = {tensor.key: shard.filename for shard in shards for tensor in shard.tensors}
         _write_index(folder, weight_map, plan.nbytes)
     donor = tokenizer_source(plan)
-    _copy_files([donor, *_others(plan, donor)], folder, TOKENIZER_FILES)
-    _copy_files(_everyone(plan), folder, PROCESSOR_FILES)
-    _copy_files(_everyone(plan)[:1], folder, OTHER_FILES)
+    _copy_files([donor, *plan.checkpoints], folder, TOKENIZER_FILES)
+    _copy_files(plan.checkpoints, folder, PROCESSOR_FILES)
+    _copy_files(plan.checkpoints[:1], folder, OTHER_FILES)
     for model in plan.models:
         if model.name in plan.heads:
             _write_task(folder, plan, model, shards)
@@ -148,20 +148,12 @@ def tokenizer_source(plan: Plan) -> Checkpoint:
     """
     wanted = plan.recipe.tokenizer_source
     if wanted == "base":
-        return _everyone(plan)[0]
-    for checkpoint in _everyone(plan):
+        return plan.checkpoints[0]
+    for checkpoint in plan.checkpoints:
         if wanted in (checkpoint.name, str(checkpoint.reference)) or Reference(wanted) == checkpoint.reference:
             return checkpoint
     names = ", ".join(checkpoint.name for checkpoint in plan.models)
     raise UserError(f"tokenizer_source: '{wanted}' is neither 'base' nor one of the models ({names})")
-
-
-def _everyone(plan: Plan) -> list[Checkpoint]:
-    return [*([plan.base] if plan.base else []), *plan.models]
-
-
-def _others(plan: Plan, donor: Checkpoint) -> list[Checkpoint]:
-    return [checkpoint for checkpoint in _everyone(plan) if checkpoint is not donor]
 
 
 def _copy_files(donors: Iterable[Checkpoint], folder: Path, names: Sequence[str]) -> None:
@@ -195,7 +187,7 @@ def _write_task(folder: Path, plan: Plan, model: Checkpoint, shards: Sequence[Sh
     config |= {"architectures": [model.architecture.class_name], "dtype": plan.output_config["dtype"]}
     _write_json(task / "config.json", config)
     _copy_files([model, tokenizer_source(plan)], task, TOKENIZER_FILES)
-    _copy_files([model, *_everyone(plan)], task, PROCESSOR_FILES)
+    _copy_files([model, *plan.checkpoints], task, PROCESSOR_FILES)
 
 
 def _head_tensor(plan: Plan, model: Checkpoint, name: str) -> torch.Tensor:

@@ -110,6 +110,11 @@ class Plan:
     heads: Mapping[str, tuple[HeadTensor, ...]]
     warnings: tuple[str, ...]
 
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The base, if there is one, and the models."""
+        return (self.base, *self.models) if self.base is not None else self.models
+
     def count(self, role: Role) -> int:
         """Return how many tensors have ``role``."""
         return sum(t.role == role for t in self.tensors)
