@@ -102,7 +102,7 @@ def merge(
     for checkpoint in plan.checkpoints:
         checkpoint.fetch()
     seconds["fetch"] = time.perf_counter() - started
-    _execute(plan, target, chosen, workers or default_workers(chosen), progress, seconds)
+    _execute(plan, target, chosen, workers or default_workers(plan, chosen), progress, seconds)
     return MergeResult(target, plan, seconds)
 
 

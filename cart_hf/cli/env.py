@@ -19,16 +19,15 @@ def env() -> None:
 
     from cart_hf import __version__
     from cart_hf.cli.console import out
-    from cart_hf.merging import default_workers
+    from cart_hf.merging import cores
     from cart_hf.output.record import versions
 
-    cpu = torch.device("cpu")
     lines = {
         "cart-hf": __version__,
         "platform": platform.platform(),
         "python": platform.python_version(),
         **versions(),
-        "cores": str(default_workers(cpu)),
+        "cores": str(cores()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "HF_ENDPOINT": os.environ.get("HF_ENDPOINT", "(default)"),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "(unset)"),

@@ -199,7 +199,7 @@ def _merge(
             if target is not None:
                 check_target(resolved_target(target), overwrite=overwrite)
             plan = plan_merge(recipe)
-            threads = workers or default_workers(choose_device(device))
+            threads = workers or default_workers(plan, choose_device(device))
             if format == "json":
                 print(json.dumps(preview.as_json(plan, threads), indent=2))  # noqa: T201
             else:

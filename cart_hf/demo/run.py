@@ -11,14 +11,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from cart_hf.demo.comparison import Batches, Grid, Row, compare, encode
 from cart_hf.demo.data import TASKS, clinc150
 from cart_hf.demo.table import markdown
-from cart_hf.demo.training import MAX_LENGTH, PRETRAINING_STEPS, fine_tune, make_tokenizer, pretrain
+from cart_hf.demo.training import MAX_LENGTH, Training, fine_tune, make_tokenizer, pretrain
 from cart_hf.errors import UserError
-from cart_hf.merging import Progress, default_workers
+from cart_hf.merging import Progress, cores
 
 RESULTS = "results.json"
 VALIDATION_ROWS = 150  # of each task; enough to choose settings, and the demo stays short
@@ -44,9 +42,19 @@ class DemoResult:
     seconds: Mapping[str, float]
 
 
-def run_demo(output: Path, *, seed: int = 0, overwrite: bool = False, progress: Progress | None = None) -> DemoResult:
+def run_demo(
+    output: Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    training: Training | None = None,
+    grids: Mapping[str, Grid] = GRIDS,
+    progress: Progress | None = None,
+) -> DemoResult:
     """Run the whole road in ``output``: base/, models/NAME/, merged/ and the results.
 
+    :param training: how long to train; default: what the demo's table shows.
+    :param grids: the methods, and the settings to try for each.
     :raises UserError: when ``output`` exists and is not an earlier demo that may be overwritten.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -61,9 +69,11 @@ def run_demo(output: Path, *, seed: int = 0, overwrite: bool = False, progress: 
     base, models = output / "base", {task: output / "models" / task for task in TASKS}
     clock = _Clock()
     make_tokenizer(base)
-    pretrain(base, seed, lambda steps: report("pretraining a tiny RoBERTa", steps, PRETRAINING_STEPS))
+    training = training or Training()
+    total = training.pretraining_steps
+    pretrain(base, seed, training, lambda steps: report("pretraining a tiny RoBERTa", steps, total))
     clock.lap("pretraining")
-    _fine_tune_all(base, models, seed, report)
+    _fine_tune_all(base, models, seed, training, report)
     clock.lap("fine-tuning")
     folders = {task: str(folder) for task, folder in models.items()}
     data = {split: _batches(base, split) for split in ("validation", "test")}
@@ -74,7 +84,7 @@ def run_demo(output: Path, *, seed: int = 0, overwrite: bool = False, progress: 
         data["validation"],
         data["test"],
         work,
-        grids=GRIDS,
+        grids=grids,
         keep=merged,
         progress=report,
         device="cpu",
@@ -102,13 +112,13 @@ class _Clock:
         self._last = now
 
 
-def _fine_tune_all(base: Path, models: Mapping[str, Path], seed: int, report: Progress) -> None:
+def _fine_tune_all(base: Path, models: Mapping[str, Path], seed: int, training: Training, report: Progress) -> None:
     """Fine-tune for every domain, in as many processes of one thread as there are cores."""
-    workers = min(len(models), default_workers(torch.device("cpu")))
+    workers = min(len(models), cores())
     # started afresh, not forked: a fork of a process that runs threads can hang
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [
-            pool.submit(fine_tune, base, folder, task, 100 * seed + number)
+            pool.submit(fine_tune, base, folder, task, 100 * seed + number, training)
             for number, (task, folder) in enumerate(models.items())
         ]
         for job in as_completed(jobs):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,21 @@ SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's order: <pad> 
 PAD, UNKNOWN, MASK = 1, 3, 4
 MAX_LENGTH = 24
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256}
-PRETRAINING_STEPS, EXAMPLES_PER_INTENT = 500, 2
-HEAD_STEPS, ENCODER_STEPS = 150, 200
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long the demo trains.
+
+    :param pretraining_steps: on masked words, and on ``examples_per_intent`` labelled sentences of each intent.
+    :param head_steps: of a task's classifier on the frozen encoder.
+    :param encoder_steps: of the encoder's blocks under the frozen classifier.
+    """
+
+    pretraining_steps: int = 500
+    examples_per_intent: int = 2
+    head_steps: int = 150
+    encoder_steps: int = 200
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -49,7 +63,7 @@ def make_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def pretrain(folder: Path, seed: int, report: Callable[[int], None]) -> None:
+def pretrain(folder: Path, seed: int, training: Training, report: Callable[[int], None]) -> None:
     """Pretrain on masked words of all ten domains, and on a few labelled sentences of each intent.
 
     Writes a RobertaForMaskedLM beside the tokenizer in ``folder``; the layer that named intents is thrown away.
@@ -72,13 +86,13 @@ def pretrain(folder: Path, seed: int, report: Callable[[int], None]) -> None:
         )
     )
     text = torch.cat([_ids(tokenizer, splits["train"].sentences) for splits in clinc150().values()])
-    labelled, labels = _few_labelled(tokenizer, generator)
+    labelled, labels = _few_labelled(tokenizer, training.examples_per_intent, generator)
     intent = torch.nn.Linear(SHAPE["hidden_size"], len(clinc150()) * INTENTS)
     parameters = [*model.parameters(), *intent.parameters()]
-    step = _optimiser(parameters, lr=1e-3, warmup=50, steps=PRETRAINING_STEPS)
+    step = _optimiser(parameters, lr=1e-3, warmup=50, steps=training.pretraining_steps)
     texts, rows = _batches(text, 64, generator), _batches(labelled, 32, generator)
     model.train()
-    for _ in range(PRETRAINING_STEPS):
+    for _ in range(training.pretraining_steps):
         original = _trim(text[next(texts)])
         masked, hidden = _mask(original, len(tokenizer), generator)
         loss = functional.cross_entropy(model.lm_head(_encode(model.roberta, masked)[hidden]), original[hidden])
@@ -89,7 +103,7 @@ def pretrain(folder: Path, seed: int, report: Callable[[int], None]) -> None:
     model.save_pretrained(folder)
 
 
-def fine_tune(base: Path, folder: Path, domain: str, seed: int) -> str:
+def fine_tune(base: Path, folder: Path, domain: str, seed: int, training: Training) -> str:
     """Fine-tune the base for one domain: the head first, then the encoder blocks under it.
 
     :return: the domain, so that a pool of processes can say who is done.
@@ -108,32 +122,32 @@ def fine_tune(base: Path, folder: Path, domain: str, seed: int) -> str:
     )
     train = clinc150()[domain]["train"]
     ids, labels = _ids(tokenizer, train.sentences), torch.tensor(train.labels)
-    _train_head(model, ids, labels, generator)
-    _train_encoder(model, ids, labels, generator)
+    _train_head(model, ids, labels, training.head_steps, generator)
+    _train_encoder(model, ids, labels, training.encoder_steps, generator)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return domain
 
 
-def _train_head(model: Any, ids: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
+def _train_head(model: Any, ids: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator) -> None:
     """Train the classifier on the frozen encoder's features, which are computed once."""
     with torch.no_grad():
         features = torch.cat([_encode(model.roberta.eval(), part)[:, :1] for part in torch.split(ids, 250)])
-    step = _optimiser(list(model.classifier.parameters()), lr=3e-3, warmup=0, steps=HEAD_STEPS)
-    for _ in range(HEAD_STEPS):
+    step = _optimiser(list(model.classifier.parameters()), lr=3e-3, warmup=0, steps=steps)
+    for _ in range(steps):
         rows = torch.randint(len(features), (64,), generator=generator)
         step(functional.cross_entropy(model.classifier(features[rows]), labels[rows]))
 
 
-def _train_encoder(model: Any, ids: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> None:
+def _train_encoder(model: Any, ids: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator) -> None:
     """Train the encoder's blocks; embeddings and head stay, so that all tasks keep one vocabulary."""
     model.roberta.embeddings.requires_grad_(False)
     model.classifier.requires_grad_(False)
     trained = [p for p in model.roberta.parameters() if p.requires_grad]
-    step = _optimiser(trained, lr=5e-4, warmup=15, steps=ENCODER_STEPS)
+    step = _optimiser(trained, lr=5e-4, warmup=15, steps=steps)
     rows = _batches(ids, 32, generator)
     model.train()
-    for _ in range(ENCODER_STEPS):
+    for _ in range(steps):
         row = next(rows)
         step(functional.cross_entropy(model.classifier(_encode(model.roberta, _trim(ids[row]))), labels[row]))
 
@@ -184,7 +198,7 @@ def _mask(ids: torch.Tensor, vocabulary: int, generator: torch.Generator) -> tup
     return torch.where(word & (draw >= 0.12) & (draw < 0.135), random, masked), word & (draw < 0.15)
 
 
-def _few_labelled(tokenizer: Any, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _few_labelled(tokenizer: Any, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a few sentences of every intent of every domain, with labels counted through all domains."""
     ids, labels = [], []
     for number, splits in enumerate(clinc150().values()):
@@ -192,7 +206,7 @@ def _few_labelled(tokenizer: Any, generator: torch.Generator) -> tuple[torch.Ten
         encoded = _ids(tokenizer, splits["train"].sentences)
         for intent in range(INTENTS):
             rows = (own == intent).nonzero().flatten()
-            rows = rows[torch.randperm(len(rows), generator=generator)[:EXAMPLES_PER_INTENT]]
+            rows = rows[torch.randperm(len(rows), generator=generator)[:count]]
             ids.append(encoded[rows])
             labels.append(torch.full((len(rows),), number * INTENTS + intent))
     return torch.cat(ids), torch.cat(labels)

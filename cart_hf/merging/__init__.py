@@ -2,6 +2,6 @@
 
 from cart_hf.merging.device import choose_device
 from cart_hf.merging.loop import default_workers, run
-from cart_hf.merging.parallel import Progress
+from cart_hf.merging.parallel import Progress, cores
 
-__all__ = ["Progress", "choose_device", "default_workers", "run"]
+__all__ = ["Progress", "choose_device", "cores", "default_workers", "run"]

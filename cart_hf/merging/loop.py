@@ -8,13 +8,13 @@ bytes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import psutil
 import torch
 
-from cart_hf.merging.parallel import Progress, in_parallel, one_blas_thread
+from cart_hf.merging.parallel import Progress, cores, in_parallel, one_blas_thread
 from cart_hf.merging.pieces import Thresholds, cast, merge_chunk, merge_group
 from cart_hf.merging.survey import magnitude_thresholds
 from cart_hf.plan import Group, Plan, PlannedTensor
@@ -38,10 +38,16 @@ class _Piece:
         )
 
 
-def default_workers(device: torch.device) -> int:
-    """Return how many workers to use: one per core on a CPU, two (to read while computing) for an accelerator."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16) if device.type == "cpu" else 2
+def default_workers(plan: Plan, device: torch.device) -> int:
+    """Return how many workers to use: one per core on a CPU, two (to read while computing) for an accelerator.
+
+    Fewer, when the tensors that all of them hold would take more than half of the memory that is free.
+    """
+    workers = min(cores(), 16) if device.type == "cpu" else 2
+    budget = psutil.virtual_memory().available / 2
+    while workers > 1 and plan.memory(workers) > budget:
+        workers -= 1
+    return workers
 
 
 def run(plan: Plan, device: torch.device, write: Write, *, workers: int, progress: Progress | None = None) -> None:
