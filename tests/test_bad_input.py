@@ -83,10 +83,9 @@ def bench(family, tmp_path):
     return Bench(tmp_path, family[0], tuple(family[1]))
 
 
-def case(name: str, change: Any, *naming: str, bug: str = "", **more: Any) -> Any:
-    """A row of a table: what is wrong and what the message must say; ``bug``: why cart-hf fails it today."""
-    marks = [pytest.mark.xfail(strict=True, reason=bug)] if bug else []
-    return pytest.param(change, naming, *more.values(), id=name, marks=marks)
+def case(name: str, change: Any, *naming: str) -> Any:
+    """A row of a table: what is wrong and what the message must say."""
+    return pytest.param(change, naming, id=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,22 +213,11 @@ FILES = [
     case("git LFS pointer", content("version https://git-lfs.github.com/spec/v1\n"), "not a safetensors file", AGAIN),
     case("header not JSON", header(b'{"a": [1,'), WEIGHTS, "header is damaged", AGAIN),
     case("header not UTF-8", header(b"\xff\xfe\xfd"), WEIGHTS, "header is damaged", AGAIN),
-    case("header a list", header([1]), WEIGHTS, "header", AGAIN, bug="parse_header calls .items() on a JSON list"),
+    case("header a list", header([1]), WEIGHTS, "header is damaged", AGAIN),
     case("entry without offsets", header({QUERY: {"dtype": "F32", "shape": [1]}}), QUERY, "is damaged", AGAIN),
     case("entry a number", header({QUERY: 5}), QUERY, "is damaged", AGAIN),
-    case(
-        "offsets are words",
-        header({QUERY: ENTRY | {"data_offsets": ["0", "4"]}}),
-        QUERY,
-        AGAIN,
-        bug="parse_header compares the offsets outside its try: TypeError",
-    ),
-    case(
-        "type is a list",
-        header({QUERY: ENTRY | {"dtype": ["F32"]}}),
-        QUERY,
-        bug="parse_header: `dtype not in DTYPES` with an unhashable dtype: TypeError",
-    ),
+    case("offsets are words", header({QUERY: ENTRY | {"data_offsets": ["0", "4"]}}), QUERY, "is damaged", AGAIN),
+    case("type is a list", header({QUERY: ENTRY | {"dtype": ["F32"]}}), QUERY, "has type ['F32']", "reads F64, F32"),
     case("offsets do not fit", header({QUERY: ENTRY | {"data_offsets": [0, 8]}}), QUERY, "do not fit its shape", AGAIN),
     case("negative offset", header({QUERY: ENTRY | {"data_offsets": [-4, 0]}}), QUERY, "do not fit its shape", AGAIN),
     case("unknown type", header({QUERY: ENTRY | {"dtype": "F8_E4M3"}}), QUERY, "F8_E4M3", "reads F64, F32"),
@@ -263,40 +251,19 @@ CONFIGS = [
     case("unknown model type", config(model_type="foobar"), "'foobar'", "unknown to transformers", "upgrade"),
     case("remote code", config(model_type="foobar", auto_map={"AutoModel": "a.b"}), "foobar", "remote code", "never"),
     case("unknown class", config(architectures=["NoSuchModel"], auto_map={"AutoModel": "a.b"}), "NoSuchModel"),
-    case("quantised", config(quantization_config={"quant_method": "gptq"}), "quantised", "gptq", "full weights"),
+    case(
+        "quantised",
+        config(quantization_config={"quant_method": "gptq"}),
+        "is quantised (gptq)",
+        "merge the full-precision weights",
+    ),
     case("impossible size", config(num_attention_heads=5), "multiple", "config.json"),
     case("a class of another model", config(architectures=["BertModel"]), "BertModel"),
-    case(
-        "model type a list",
-        config(model_type=["roberta"]),
-        "model_type",
-        bug="_build: `model_type not in CONFIG_MAPPING` with an unhashable value: TypeError",
-    ),
-    case(
-        "class a number",
-        config(architectures=[5]),
-        "architectures",
-        bug="_build: getattr(transformers, 5): TypeError",
-    ),
-    case(
-        "class not a model",
-        config(architectures=["RobertaTokenizer"]),
-        "RobertaTokenizer",
-        "architectures",
-        bug="_build calls any name of transformers with the config; its error has several lines (must be a PreTrainedModel)",
-    ),
-    case(
-        "quantised by a word",
-        config(quantization_config="int8"),
-        "quantised",
-        bug="describe: quantization_config.get on a string: AttributeError",
-    ),
-    case(
-        "size a word",
-        config(hidden_size="abc"),
-        "hidden_size",
-        bug="_build: config_class.from_dict stands outside the try: StrictDataclassFieldValidationError",
-    ),
+    case("model type a list", config(model_type=["roberta"]), "config.json names no model_type"),
+    case("class a number", config(architectures=[5]), "architectures in config.json", "not [5]"),
+    case("class not a model", config(architectures=["RobertaTokenizer"]), "RobertaTokenizer", "architectures"),
+    case("quantised by a word", config(quantization_config="int8"), "is quantised (int8)", "full-precision"),
+    case("size a word", config(hidden_size="abc"), "config.json", "'hidden_size' expected int"),
 ]
 
 
@@ -347,34 +314,21 @@ MISMATCHES = [
     case("bert", another("bert"), "BertForSequenceClassification", "RobertaModel"),
     case("distilbert", another("distilbert"), "DistilBertForSequenceClassification", "RobertaModel"),
     case("vit", another("vit"), "ViTForImageClassification", "RobertaModel"),
-    case("attention heads", config(num_attention_heads=4), "num_attention_heads 4", "base has 2"),
-    case("activation", config(hidden_act="relu"), "hidden_act 'relu'", "base has 'gelu'"),
+    case(
+        "attention heads",
+        config(num_attention_heads=4),
+        "num_attention_heads 4 where base has 2",
+        "another architecture",
+    ),
+    case("activation", config(hidden_act="relu"), "hidden_act 'relu' where base has 'gelu'"),
     case("norm epsilon", config(layer_norm_eps=1e-3), "layer_norm_eps 0.001", "1e-12"),
     case("tensor missing", tensors(**{QUERY: None}), "missing", "layer.0.attention.self.query.weight"),
     case("embedding missing", tensors(**{"roberta.embeddings.word_embeddings.weight": None}), "word_embeddings"),
     case("half a head", tensors(**{HEAD: None}), "head lacks", HEAD),
     case("file against config", tensors(**{QUERY: torch.zeros(16, 15)}), QUERY, "[16, 15]", "[16, 16]", "config.json"),
     case("integers", tensors(**{QUERY: torch.zeros(16, 16, dtype=torch.int32)}), "F32 in base and I32", "query.weight"),
-    case(
-        "hidden size",
-        another("roberta", hidden_size=32),
-        "base",
-        "16",
-        "32",
-        bug="check_tensors reports every tensor of a model of another size (35 lines): say it once and count the rest",
-    ),
-    case(
-        "more layers",
-        another("roberta", num_hidden_layers=3),
-        "layer",
-        bug="align takes the tensors of the third layer for a head: they are dropped without a word",
-    ),
-    case(
-        "fewer layers",
-        another("roberta", num_hidden_layers=1),
-        "layer",
-        bug="align expects only the layers that the model's own config names: the last layer is merged without it",
-    ),
+    case("more layers", another("roberta", num_hidden_layers=3), "num_hidden_layers 3 where base has 2"),
+    case("fewer layers", another("roberta", num_hidden_layers=1), "num_hidden_layers 1 where base has 2"),
 ]
 
 
@@ -384,7 +338,15 @@ def test_mismatches(bench, change, naming):
     bench.refuse_culprit(change, naming=naming)
 
 
-@pytest.mark.xfail(strict=True, reason="check_configs skips keys that one config.json leaves to the default")
+@pytest.mark.parametrize("anchor", ["base", "task0"])
+def test_mismatches_are_counted(bench, anchor):
+    """A model of another size has all its tensors in other shapes: a few are listed, the others counted."""
+    shapes = f"has shape [16] in {anchor} and [32] in culprit"
+    rest = f"and 32 more tensors of culprit do not fit those of {anchor}"
+    change = another("roberta", hidden_size=32)
+    bench.refuse_culprit(change, base=bench.base if anchor == "base" else None, naming=(shapes, rest), count=4)
+
+
 def test_activation_left_to_the_default(bench, tmp_path):
     """A config.json that is silent means transformers' default: here GELU, where the others say ReLU."""
     relu = [shutil.copytree(folder, tmp_path / Path(folder).name) for folder in (bench.base, *bench.models)]
@@ -392,30 +354,35 @@ def test_activation_left_to_the_default(bench, tmp_path):
         config(hidden_act="relu")(folder)
     relu[2].rename(tmp_path / "culprit")
     config(hidden_act=None)(tmp_path / "culprit")
-    bench.refuse(base=relu[0], models=[relu[1], tmp_path / "culprit", relu[3]], naming=("hidden_act", "culprit"))
+    bench.refuse(
+        base=relu[0],
+        models=[relu[1], tmp_path / "culprit", relu[3]],
+        naming=("culprit", "hidden_act 'gelu' where base has 'relu'"),
+    )
 
 
-@pytest.mark.xfail(strict=True, reason="make_plan compares configurations with the base only: without one, never")
 @pytest.mark.parametrize("method", ["cart", "average"])
 def test_attention_heads_without_a_base(bench, method):
     """The same shapes with another number of heads compute something else, base or no base."""
     bench.refuse_culprit(
-        config(num_attention_heads=4), "--method", method, base=None, naming=("num_attention_heads", "task0")
+        config(num_attention_heads=4),
+        "--method",
+        method,
+        base=None,
+        naming=("num_attention_heads 4 where task0 has 2",),
     )
 
 
 @pytest.mark.parametrize(
     ("name", "change"), [("distilbert", {"n_heads": 4}), ("gpt2", {"n_head": 4})], ids=["distilbert", "gpt2"]
 )
-@pytest.mark.xfail(strict=True, reason="FUNCTIONAL_KEYS knows no n_heads, n_head, activation, layer_norm_epsilon ...")
 def test_attention_heads_by_other_names(tmp_path, name, change):
     """Families that call the number of heads otherwise are checked as well."""
     base, models = make_family(tmp_path / "family", name)
     bench = Bench(tmp_path, base, tuple(models))
-    bench.refuse_culprit(config(**change), naming=("head", "2", "4"))
+    bench.refuse_culprit(config(**change), naming=("num_attention_heads 4 where base has 2",))
 
 
-@pytest.mark.xfail(strict=True, reason="check_configs reads the top level only, not vision_config and text_config")
 def test_attention_heads_of_a_whole_clip(tmp_path):
     """A composite model's settings are those of its parts."""
     base, _ = make_clip(tmp_path / "family", tasks=0)
@@ -425,7 +392,7 @@ def test_attention_heads_of_a_whole_clip(tmp_path):
     data = json.loads((models[1] / "config.json").read_text(encoding="utf-8"))
     data["vision_config"]["num_attention_heads"] = 4
     (models[1] / "config.json").write_text(json.dumps(data), encoding="utf-8")
-    Bench(tmp_path, base, tuple(map(str, models))).refuse(naming=("num_attention_heads", "clip1"))
+    Bench(tmp_path, base, tuple(map(str, models))).refuse(naming=("clip1", "num_attention_heads 4 where base has 2"))
 
 
 def test_shapes_differ_without_a_base(bench):
@@ -440,41 +407,34 @@ def test_swapped(bench, tmp_path):
     bench.refuse(base=bench.models[0], models=[bench.base, copy], naming=("only the base", "swapped"))
 
 
+DAMAGED = "is damaged, or no PyTorch file"
 PICKLES = [
-    case("a module", pickled(lambda state: torch.nn.Linear(2, 2)), "not plain tensors", "weights_only"),
+    case(
+        "a module",
+        pickled(lambda state: torch.nn.Linear(2, 2)),
+        "is not a pickle of plain tensors",
+        "weights_only=True",
+        "safetensors",
+    ),
     case("a list", pickled(lambda state: list(state.values())), "a list, not a mapping", "safetensors"),
     case("a tensor", pickled(lambda state: torch.zeros(3)), "a Tensor, not a mapping", "safetensors"),
     case("a nested dict", pickled(lambda state: {"state_dict": state}), "'state_dict' is not a tensor", "safetensors"),
-    case("truncated", lambda f: (pickled(dict)(f), truncate(3000, PICKLE)(f)), "damaged", "safetensors"),
-    case("text", lambda f: (remove(WEIGHTS)(f), content("hello", PICKLE)(f)), "damaged", "safetensors"),
-    case("an empty file", lambda f: (remove(WEIGHTS)(f), content("", PICKLE)(f)), "damaged", "safetensors"),
+    case("truncated", lambda f: (pickled(dict)(f), truncate(3000, PICKLE)(f)), DAMAGED, AGAIN),
+    case("text", lambda f: (remove(WEIGHTS)(f), content("hello", PICKLE)(f)), DAMAGED, AGAIN),
+    case("an empty file", lambda f: (remove(WEIGHTS)(f), content("", PICKLE)(f)), DAMAGED, AGAIN),
     case(
-        "numbers for names",
-        pickled(lambda state: {0: torch.zeros(3)}),
-        "pytorch_model.bin",
-        bug="_load_pickle does not check that the keys are strings: TypeError in rename_source_key",
+        "numbers for names", pickled(lambda state: {0: torch.zeros(3)}), "0 is not a tensor with a name", "safetensors"
     ),
     case(
         "complex numbers",
         pickled(lambda state: state | {"z": torch.zeros(3, dtype=torch.complex64)}),
         "'z'",
         "complex64",
-        bug="PickleFile: dtype_name raises KeyError for a type that safetensors lacks",
     ),
     case(
-        "float8",
-        pickled(lambda state: state | {"z": torch.zeros(3).to(torch.float8_e4m3fn)}),
-        "'z'",
-        "float8_e4m3fn",
-        bug="PickleFile: dtype_name raises KeyError for float8",
+        "float8", pickled(lambda state: state | {"z": torch.zeros(3).to(torch.float8_e4m3fn)}), "'z'", "float8_e4m3fn"
     ),
-    case(
-        "a sparse tensor",
-        pickled(lambda state: state | {HEAD: torch.eye(16).to_sparse()}),
-        HEAD,
-        "sparse",
-        bug="PickleFile.read reshapes a sparse tensor: RuntimeError, after the whole merge",
-    ),
+    case("a sparse tensor", pickled(lambda state: state | {HEAD: torch.eye(16).to_sparse()}), HEAD, "sparse"),
 ]
 
 
@@ -485,7 +445,7 @@ def test_pickles(bench, change, naming):
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("error:Detected pickle protocol")
 def test_malicious_pickle_does_not_run(bench, tmp_path, protocol):
     """A pickle that runs code is refused, and its code does not run."""
     mark = tmp_path / "ran"
@@ -494,7 +454,7 @@ def test_malicious_pickle_does_not_run(bench, tmp_path, protocol):
     mark.unlink()
     bench.refuse_culprit(
         lambda f: (remove(WEIGHTS)(f), content(pickle.dumps(Malicious(mark), protocol), PICKLE)(f)),
-        naming=("not plain tensors", "weights_only"),
+        naming=("is not a pickle of plain tensors", "weights_only=True"),
     )
     assert not mark.exists()
 
@@ -502,11 +462,13 @@ def test_malicious_pickle_does_not_run(bench, tmp_path, protocol):
 def test_malicious_entry_does_not_run(bench, tmp_path):
     """Neither does the code of one entry among good tensors."""
     mark = tmp_path / "ran"
-    bench.refuse_culprit(pickled(lambda state: state | {"z": Malicious(mark)}), naming=("not plain tensors",))
+    bench.refuse_culprit(
+        pickled(lambda state: state | {"z": Malicious(mark)}), naming=("is not a pickle of plain tensors",)
+    )
     assert not mark.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="_load_pickle quotes torch, which advises weights_only=False")
+@pytest.mark.filterwarnings("error:Detected pickle protocol")
 def test_pickle_message_does_not_advise_to_trust(bench):
     """The message about a pickle never tells how to run its code."""
     (message,) = bench.refuse(models=[bench.models[0], bench.culprit(pickled(lambda state: torch.nn.Linear(2, 2)))])
@@ -541,8 +503,8 @@ REFERENCES = [
     case("no revision", "org/name@", "org/name@revision"),
     case("LoRA", "org/name+org/lora", "LoRA", "merge_and_unload"),
     case("URL", "https://huggingface.co/org/name", "neither an existing folder nor a Hub id"),
-    case("no such user", "~nosuchuser/m", "~nosuchuser/m", bug="Path.expanduser raises RuntimeError for no such user"),
-    case("too long", "x" * 300, "xxx", bug="Path.exists raises OSError for a name that is too long"),
+    case("no such user", "~nosuchuser/m", "~nosuchuser/m"),
+    case("too long", "x" * 300, "xxx"),
 ]
 
 
@@ -576,6 +538,7 @@ def test_a_file_is_no_model(bench):
 # ---------------------------------------------------------------------------------------------------------------------
 
 TIES, TASK_ARITHMETIC, AVERAGE = ("--method", "ties"), ("--method", "task_arithmetic"), ("--method", "average")
+FINITE = "must be a finite number"
 FLAGS = [
     case("method", ["--method", "cartt"], "merge_method", "'cartt'", "did you mean 'cart'?"),
     case("method with a dash", ["--method", "task-arithmetic"], "did you mean 'task_arithmetic'?"),
@@ -591,21 +554,19 @@ FLAGS = [
     case("rank 0", ["--rank", 0], "rank", "at least 1", "0"),
     case("rank negative", ["--rank=-1"], "rank", "at least 1", "-1"),
     case("rank a word", ["--rank", "x"], "--rank", '"x"'),
-    case("rank a fraction", ["--rank", 2.7], "rank", "2.7", bug="cyclopts converts 2.7 to the integer 2 in silence"),
+    case("rank a fraction", ["--rank", 2.7], "rank", "whole number", "2.7"),
     case("rank half", ["--set", "rank=2.5"], "rank", "whole number", "2.5"),
     case("rank true", ["--set", "rank=true"], "rank", "must be a number", "True"),
-    case(
-        "rank NaN", ["--set", "rank=.nan"], "rank", bug="problem_with calls int(nan) before the NaN check: ValueError"
-    ),
-    case("rank Inf", ["--set", "rank=.inf"], "rank", bug="problem_with calls int(inf): OverflowError"),
+    case("rank NaN", ["--set", "rank=.nan"], "parameters.rank", FINITE, "nan"),
+    case("rank Inf", ["--set", "rank=.inf"], "parameters.rank", FINITE, "inf"),
     case("ratio 0", ["--rank-ratio", 0], "rank_ratio", "greater than 0"),
     case("ratio 1.5", ["--rank-ratio", 1.5], "rank_ratio", "at most 1", "1.5"),
-    case("ratio NaN", ["--rank-ratio", "nan"], "rank_ratio", "NaN"),
+    case("ratio NaN", ["--rank-ratio", "nan"], "rank_ratio", FINITE, "nan"),
     case("ratio negative", ["--rank-ratio=-0.1"], "rank_ratio", "greater than 0", "-0.1"),
     case("energy 0", ["--energy", 0], "energy", "greater than 0"),
     case("energy above 1", ["--energy", 1.01], "energy", "at most 1", "1.01"),
-    case("scale NaN", ["--scale", "nan"], "scale", "NaN"),
-    case("scale Inf", ["--scale", "inf"], "parameters.scale", bug="problem_with accepts Inf; the merge fails later"),
+    case("scale NaN", ["--scale", "nan"], "scale", FINITE, "nan"),
+    case("scale Inf", ["--scale", "inf"], "parameters.scale", FINITE, "inf"),
     case("scale a word", ["--scale", "x"], "--scale", '"x"'),
     case("density 0", [*TIES, "--density", 0], "density", "greater than 0"),
     case("density 2", [*TIES, "--density", 2], "density", "at most 1"),
@@ -616,55 +577,32 @@ FLAGS = [
     case("--set a word", ["--set", "scale=abc"], "scale", "must be a number", "'abc'"),
     case("--set a mapping", ["--set", "scale={a: 1}"], "scale", "{filter, value}", "'a'"),
     case("--set an empty list", ["--set", "scale=[]"], "scale", "empty list"),
-    case(
-        "--set not YAML", ["--set", "scale=[1"], "--set scale=[1", bug="_key_values: yaml.safe_load raises ParserError"
-    ),
-    case("--set nothing", ["--set", "scale="], "scale", bug="--set KEY= is dropped in silence (YAML null)"),
-    case(
-        "--set against a flag", ["--set", "scale=2", "--scale", 3], "scale", bug="--set overrides the flag in silence"
-    ),
+    case("--set not YAML", ["--set", "scale=[1"], "--set scale=[1", "not valid YAML"),
+    case("--set nothing", ["--set", "scale="], "--set scale=", "KEY=VALUE"),
+    case("--set against a flag", ["--set", "scale=2", "--scale", 3], "--set scale", "given twice", "keep one"),
     case(
         "two names of one parameter",
         [*TASK_ARITHMETIC, "--set", "lambda=2", "--scale", 3],
-        "lambda",
-        "scale",
-        bug="_canonical lets the last of two aliases win in silence",
+        "scale and lambda are the same",
+        "give one",
     ),
     case("too few weights", ["--weights", 1, 2], "--weights", "2 values for 3 models", "one for each"),
     case("too many weights", ["--weights", 1, 2, 3, 4], "--weights", "4 values for 3 models"),
     case("weight a word", ["--weights", 1, 2, "x"], "--weights", '"x"'),
-    case("weight NaN", ["--weights", 1, "nan", 2], "weight", "NaN", "models[1]"),
-    case(
-        "weight Inf", ["--weights", 1, "inf", 2], "weight", bug="problem_with accepts Inf: RuntimeError in the solver"
-    ),
-    case("weights 0", ["--weights", 0, 0, 0], "weight", bug="cart: sum(weight) / len: ZeroDivisionError"),
-    case(
-        "weights that cancel",
-        [*AVERAGE, "--weights", 1, "-1", 0],
-        "weight",
-        "sum",
-        bug="division by a sum of 0 is reported as values that do not fit F32",
-    ),
+    case("weight NaN", ["--weights", 1, "nan", 2], "models[1].parameters.weight", FINITE, "nan"),
+    case("weight Inf", ["--weights", 1, "inf", 2], "models[1].parameters.weight", FINITE, "inf"),
+    case("weights 0", ["--weights", 0, 0, 0], "weights", "sum to zero", "give others"),
+    case("weights that cancel", [*AVERAGE, "--weights", 1, "-1", 0], "weights", "sum to zero", "give others"),
     case(
         "include nothing", ["--include", "nosuch"], "include", "'nosuch' matches no tensor", "names look like encoder"
     ),
     case("exclude nothing", ["--exclude", "nosuch*"], "exclude", "'nosuch*' matches no tensor", "names look like"),
     case("filter nothing", ["--set", "scale=[{filter: mlp, value: 2}, {value: 1}]"], "scale", "'mlp'", "no tensor"),
-    case("bad include", ["--include", "re:("], "include", "re:(", bug="matches_filter: re.error for a bad expression"),
-    case("bad exclude", ["--exclude", "re:("], "exclude", "re:(", bug="matches_filter: re.error for a bad expression"),
+    case("bad include", ["--include", "re:("], "include", "re:(", "not a regular expression"),
+    case("bad exclude", ["--exclude", "re:("], "exclude", "re:(", "not a regular expression"),
+    case("bad filter", ["--set", 'scale=[{filter: "re:(", value: 2}]'], "scale", "re:(", "not a regular expression"),
     case(
-        "bad filter",
-        ["--set", 'scale=[{filter: "re:(", value: 2}]'],
-        "scale",
-        "re:(",
-        bug="matches_filter: re.error for a bad expression",
-    ),
-    case(
-        "filter a number",
-        ["--set", "scale=[{filter: 5, value: 2}]"],
-        "scale",
-        "filter",
-        bug="scalars does not check that a filter is a string: AttributeError",
+        "filter a number", ["--set", "scale=[{filter: 5, value: 2}]"], "parameters.scale", "filter must be text, not 5"
     ),
     case("nothing left", ["--exclude", "*"], "low-rank: 0 of 37 tensors", "--include", "--method average"),
     case(
@@ -672,16 +610,12 @@ FLAGS = [
     ),
     case("device", ["--device", "nonsense"], "--device", "'nonsense'", "cuda"),
     case("device number", ["--device", "cuda:x"], "--device", "'cuda:x'"),
-    case("device without numbers", ["--device", "meta"], "--device", "meta", bug="choose_device accepts 'meta'"),
+    case("device without numbers", ["--device", "meta"], "--device", "'meta' is not available", "cpu"),
     case(
-        "device unknown to torch",
-        ["--device", "privateuseone"],
-        "--device",
-        "privateuseone",
-        bug="choose_device: ModuleNotFoundError is not caught",
+        "device unknown to torch", ["--device", "privateuseone"], "--device", "'privateuseone' is not available", "cpu"
     ),
-    case("workers negative", ["--workers=-1"], "workers", bug="ThreadPoolExecutor raises ValueError"),
-    case("workers 0", ["--workers", 0], "workers", bug="0 means the default in silence"),
+    case("workers negative", ["--workers=-1"], "--workers", '"-1"', ">= 1"),
+    case("workers 0", ["--workers", 0], "--workers", '"0"', ">= 1"),
     case("shard size", ["--max-shard-size", "5XB"], "max_shard_size", "'5XB'", "5GB"),
     case("shard size 0", ["--max-shard-size", "0GB"], "max_shard_size", "'0GB'"),
     case("shard size without unit", ["--max-shard-size", "5"], "max_shard_size", "'5'", "200MB"),
@@ -702,9 +636,6 @@ def test_unavailable_cuda(bench):
     bench.refuse("--device", "cuda", naming=("--device", "'cuda' is not available"))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="choose_device quotes the first line of torch's dispatcher error: 1700 characters"
-)
 def test_unavailable_mps(bench):
     if torch.backends.mps.is_available():
         pytest.skip("this machine has MPS")
@@ -741,13 +672,19 @@ def test_no_output(bench):
     refuse(bench.output, "merge", "--models", *bench.models, naming=("no output folder", "--output"))
 
 
-@pytest.mark.xfail(strict=True, reason="the second argument is dropped in silence when --output is given too")
 def test_two_outputs(bench):
     recipe = bench.recipe(PLAIN)
-    refuse(bench.output, "merge", recipe, bench.folder / "other", "--output", bench.output, naming=("other", "out"))
+    refuse(
+        bench.output,
+        "merge",
+        recipe,
+        bench.folder / "other",
+        "--output",
+        bench.output,
+        naming=("two outputs", "other", "--output", "give one"),
+    )
 
 
-@pytest.mark.xfail(strict=True, reason="_head_tensor checks before the cast only: Inf is written")
 def test_head_that_overflows_float16(bench):
     """A head's values that do not fit the output's type are refused as the backbone's are."""
     bench.refuse_culprit(tensors(**{HEAD: 1e6}), "--out-dtype", "float16", naming=(HEAD, "float16"))
@@ -763,18 +700,15 @@ def test_unknown_verb(tmp_path):
 
 PLAIN = "merge_method: cart\nbase_model: {B}\nmodels:\n- model: {M0}\n- model: {M1}\n- model: {M2}\n"
 SLICES = "merge_method: ties\nbase_model: {B}\nslices:\n- sources:\n  - {model: {M0}, layer_range: [0, 1]}\n"
-SEVERAL = "errors caused by an unsupported key follow it: 'models: no model to merge'"
-LINES = "the YAML parser's message is printed as it is: several lines, the file called <unicode string>"
-TUPLE = "pydantic's 'input should be a valid tuple' means a list"
 
 RECIPES = [
     case("empty", "", "recipe is a mapping", "merge_method"),
     case("a list", "- a\n", "recipe is a mapping", "merge_method"),
     case("a word", "hello", "recipe is a mapping", "merge_method"),
-    case("not YAML", "a: [1\nb: 2", "not valid YAML", "line 2", bug=LINES),
-    case("a tab", "a:\n\t- b", "not valid YAML", "line 2", bug=LINES),
-    case("two documents", PLAIN + "---\n" + PLAIN, "not valid YAML", "document", bug=LINES),
-    case("Python object", PLAIN + "x: !!python/object/apply:os.getcwd []\n", "not valid YAML", bug=LINES),
+    case("not YAML", "a: [1\nb: 2", "not valid YAML", "line 2"),
+    case("a tab", "a:\n\t- b", "not valid YAML", "line 2"),
+    case("two documents", PLAIN + "---\n" + PLAIN, "not valid YAML", "document"),
+    case("Python object", PLAIN + "x: !!python/object/apply:os.getcwd []\n", "not valid YAML", "line 7"),
     case("unknown key", PLAIN + "paramters: {}\n", "paramters: unknown key", "did you mean 'parameters'?"),
     case("key like nothing", PLAIN + "xyzzy: 1\n", "xyzzy: unknown key", "known: merge_method", "max_shard_size"),
     case("unknown key of a model", PLAIN + "  wieght: 1\n", "models[2].wieght: unknown key", "parameters"),
@@ -784,39 +718,25 @@ RECIPES = [
     case("method a number", PLAIN.replace("cart", "5"), "merge_method", "string"),
     case("no models", "merge_method: cart\nbase_model: {B}\n", "models: missing"),
     case("models empty", "merge_method: cart\nmodels: []\n", "models: no model"),
-    case("models null", "merge_method: cart\nmodels:\n", "models", "list", bug=TUPLE),
-    case("models a mapping", "merge_method: cart\nmodels: {a: {M0}}\n", "models", "list", bug=TUPLE),
-    case("include a word", PLAIN + "include: query\n", "include", "list", bug=TUPLE),
+    case("models null", "merge_method: cart\nmodels:\n", "models", "list"),
+    case("models a mapping", "merge_method: cart\nmodels: {a: {M0}}\n", "models", "list"),
+    case("include a word", PLAIN + "include: query\n", "include", "list"),
     case("one model", "merge_method: cart\nmodels: [{M0}]\n", "only one model", "at least two"),
     case("only the base", "merge_method: ties\nbase_model: {B}\nmodels: [{B}, {M0}]\n", "only one model", "{M0}"),
     case("model a number", PLAIN.replace("{M1}", "5"), "models[1]", "Hub id or a folder", "5"),
     case("model null", PLAIN.replace("{M1}", ""), "models[1]", "Hub id or a folder"),
     case("model path a number", PLAIN.replace("{M1}", "{path: 5}"), "models[1]", "path"),
-    case(
-        "model in a model",
-        PLAIN.replace("{M1}", "{model: 5}"),
-        "models[1]",
-        bug="Reference.from_yaml: set(5): TypeError",
-    ),
-    case(
-        "model with a number for a key",
-        PLAIN.replace("{M1}", "{path: a/b, 3: 4, c: 5}"),
-        "models[1]",
-        bug="Reference.from_yaml sorts keys of two types: TypeError",
-    ),
+    case("model in a model", PLAIN.replace("{M1}", "{model: 5}"), "models[1]", "Hub id, a folder", "not 5"),
+    case("model with a number for a key", PLAIN.replace("{M1}", "{path: a/b, 3: 4, c: 5}"), "models[1]", "found 3, c"),
     case(
         "revision a number",
         PLAIN.replace("{M1}", "{path: a/b, revision: 123}"),
         "models[1]",
-        "revision",
-        bug="Reference.from_yaml does not check revision and subfolder: TypeError",
+        "revision 123",
+        "quote it",
     ),
     case(
-        "revision of a local folder",
-        PLAIN.replace("{M1}", "{path: {M1}, revision: v1}"),
-        "models[1]",
-        "local folder",
-        bug="refused in a string (PATH@v1), dropped in silence in a mapping",
+        "revision of a local folder", PLAIN.replace("{M1}", "{path: {M1}, revision: v1}"), "models[1]", "local folder"
     ),
     case("missing folder", PLAIN.replace("{M1}", "./nowhere"), "models[1]: folder not found: ./nowhere"),
     case("LoRA in a mapping", PLAIN.replace("{M1}", "{model: {path: {M1}}, lora: {path: x}}"), "'lora'", "mergekit"),
@@ -831,8 +751,8 @@ RECIPES = [
     case("chat_template", PLAIN + "chat_template: auto\n", "chat_template: ", "mergekit"),
     case("multi-stage", PLAIN + "name: first\n", "name: ", "mergekit-multi"),
     case("tokenizer union", PLAIN + "tokenizer_source: union\n", "tokenizer_source", "'union'", "mergekit"),
-    case("slices", SLICES, "slices: ", "mergekit-yaml", bug=SEVERAL),
-    case("modules", "merge_method: ties\nbase_model: {B}\nmodules: {}\n", "modules: ", "mergekit-yaml", bug=SEVERAL),
+    case("slices", SLICES, "slices: ", "mergekit-yaml"),
+    case("modules", "merge_method: ties\nbase_model: {B}\nmodules: {}\n", "modules: ", "mergekit-yaml"),
     case("name with a slash", PLAIN + "  name: a/b\n", "models[2].name", "'a/b'", "letters"),
     case("names twice", PLAIN + "  name: task1\n", "both called 'task1'", "{M1}", "{M2}"),
     case("parameters a list", PLAIN + "parameters: [1]\n", "parameters", "dictionary"),
@@ -904,7 +824,11 @@ def test_all_mismatches_at_once(bench, tmp_path):
     config(num_attention_heads=4)(first)
     second = shutil.copytree(bench.models[1], tmp_path / "second")
     another("bert")(second)
-    bench.refuse(models=[first, second, bench.models[2]], naming=("first has", "second (Bert"), count=2)
+    bench.refuse(
+        models=[first, second, bench.models[2]],
+        naming=("first (Roberta", "4 where base has 2", "second (Bert"),
+        count=2,
+    )
 
 
 def test_all_patterns_at_once(bench):
@@ -953,7 +877,6 @@ def test_output_is_an_input(bench, flag):
     assert {path: path.read_bytes() for path in Path(bench.base).iterdir()} == before
 
 
-@pytest.mark.xfail(strict=True, reason="--overwrite replaces an input that is an earlier output")
 def test_output_is_an_input_of_ours(bench, tmp_path):
     """Neither when cart-hf wrote it and --overwrite is given: the recipe in the output would name the output."""
     earlier = tmp_path / "earlier"
@@ -986,9 +909,6 @@ def test_failed_overwrite_keeps_the_old(bench):
     assert not leftovers(bench.output)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="WorkFolder.__exit__: rename replaces the link, then rmtree(link) raises OSError"
-)
 @pytest.mark.parametrize("earlier", [False, True])
 def test_output_is_a_link(bench, tmp_path, earlier):
     """A link to an empty folder or, with --overwrite, to an earlier output."""
@@ -1003,11 +923,15 @@ def test_output_is_a_link(bench, tmp_path, earlier):
 
 
 def test_output_is_a_dangling_link(bench, tmp_path):
-    bench.output.symlink_to(tmp_path / "nowhere")
-    refuse_target(bench, bench.output, naming=("exists",))
+    """A link to a folder that is not there yet: the output is written where it points, and the link stays."""
+    bench.output.symlink_to(tmp_path / "elsewhere" / "nowhere")
+    succeed(*bench.arguments())
+    assert bench.output.readlink() == tmp_path / "elsewhere" / "nowhere"
+    assert (tmp_path / "elsewhere" / "nowhere" / WEIGHTS).is_file()
+    assert not leftovers(bench.output)
+    assert not leftovers(tmp_path / "elsewhere" / "nowhere")
 
 
-@pytest.mark.xfail(strict=True, reason="the current folder cannot be renamed: OSError, and the work folder stays in it")
 def test_output_is_here(bench, tmp_path, monkeypatch):
     """``--output .`` in an empty folder works or is refused; nothing is left over."""
     here = tmp_path / "here"
@@ -1017,9 +941,8 @@ def test_output_is_here(bench, tmp_path, monkeypatch):
     assert answer.code == 0 or not list(here.iterdir())
 
 
-@pytest.mark.xfail(strict=True, reason="check_target: Path.exists raises OSError (ENAMETOOLONG)")
 def test_output_name_too_long(bench, tmp_path):
-    refuse_target(bench, tmp_path / ("x" * 300), naming=("xxx",))
+    refuse_target(bench, tmp_path / ("x" * 300), naming=("xxx", "too long", "choose another"))
 
 
 @pytest.mark.skipif(os.name != "posix" or getattr(os, "geteuid", lambda: 0)() == 0, reason="root may write anywhere")
@@ -1029,7 +952,6 @@ def test_output_is_not_writable(bench, tmp_path):
     refuse_target(bench, locked / "out", naming=("cannot write", "Permission denied"))
 
 
-@pytest.mark.xfail(strict=True, reason="WorkFolder makes the target's parents and leaves them behind")
 def test_parents_of_a_failed_output(bench):
     """Folders made for the output go with it."""
     bad = bench.culprit(tensors(**{QUERY: NAN}))
@@ -1065,7 +987,6 @@ def test_disk_full(bench, nbytes, flags):
     assert_absent(bench.output)
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors raises SafetensorError, which is no OSError, from save_file")
 def test_disk_full_at_a_head(bench):
     """A disk that fills up while a head is written."""
     models = [bench.models[0], bench.culprit(another("roberta", num_labels=2000)), bench.models[2]]

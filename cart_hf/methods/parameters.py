@@ -62,10 +62,9 @@ class Parameter:
 
 def _is_number(value: Any) -> bool:
     try:
-        float(value)
-    except (TypeError, ValueError):
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
         return False
-    return True
 
 
 WEIGHT = Parameter("weight", 1.0, "relative weight of each model", per_model=True)

@@ -35,7 +35,7 @@ def check_heads(models: Sequence[Aligned], problems: list[str]) -> None:
             if name.split(".")[0] in modules and name not in tensors and name not in architecture.tied
         ]
         if absent:
-            problems.append(f"{aligned.checkpoint.name}: its head lacks {shorten(absent)}")
+            problems.append(f"{aligned.checkpoint.name}: its head lacks {shorten(absent)}; save it again")
 
 
 def check_tensors(
@@ -82,7 +82,7 @@ def _mismatch(name: str, one: Aligned, other: Aligned) -> str | None:
             )
         return f"tensor '{name}' has shape {sizes}; merge fine-tunes of one pretrained model"
     if a.is_floating != b.is_floating:
-        return f"tensor '{name}' is {a.dtype} in {names[0]} and {b.dtype} in {names[1]}"
+        return f"tensor '{name}' is {a.dtype} in {names[0]} and {b.dtype} in {names[1]}; save both in one type"
     return None
 
 
@@ -122,7 +122,10 @@ def check_weights(method: Method, tensors: Sequence[PlannedTensor], problems: li
         if tensor.role == "average" and method.name == "average":
             divides = tensor.parameters.get("normalize")
         if weights and divides and abs(sum(weights)) <= 1e-9 * max(map(abs, weights)):
-            problems.append(f"the models' weights for tensor '{tensor.name}' sum to zero ({weights}); give others")
+            problems.append(
+                f"the models' weights for tensor '{tensor.name}' sum to zero ({weights}); "
+                "give others (--weights, or weight in the recipe)"
+            )
             return
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NAMES_ONLY = ("_name_or_path", "finetuning_task", "transformers_version")
 FUNCTIONAL_SETTINGS = (
+    "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "hidden_act",

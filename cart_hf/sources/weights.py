@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,12 +190,14 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
         "save it as safetensors (save_pretrained)"
     )
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as failure:
-            if "mmap" not in str(failure):
-                raise
-            state = torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what cannot be read is said below
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as failure:
+                if "mmap" not in str(failure):
+                    raise
+                state = torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not a pickle of plain tensors; {advice}") from None
     except Exception:  # torch raises RuntimeError, EOFError, KeyError, ... for a damaged file
