@@ -111,7 +111,10 @@ def align(checkpoint: Checkpoint, reference: Architecture, anchor: str, problems
             surplus.append(name)
         else:
             outside.append(name)
-    if surplus and paths:
+    differing = _differing_settings(mine, reference, paths)
+    for key, ours, theirs in differing:
+        problems.append(f"{who} has {key} {ours!r} where {anchor} has {theirs!r}: another architecture")
+    if surplus and paths and not differing:  # else the surplus only follows
         problems.append(
             f"{who} has {len(surplus)} tensor{'s' * (len(surplus) > 1)} that {anchor} ({reference.class_name}) lacks: "
             f"{shorten(surplus)}; are they fine-tunes of one model, and is the base the whole of it?"
@@ -123,8 +126,6 @@ def align(checkpoint: Checkpoint, reference: Architecture, anchor: str, problems
         reference.tied
     )
     missing = frozenset(expected - set(slots.values()))
-    for key, ours, theirs in _differing_settings(mine, reference, paths):
-        problems.append(f"{who} has {key} {ours!r} where {anchor} has {theirs!r}: another architecture")
     prefix = next((f"{path}." for path, here in paths.items() if path and not here), "")
     return Aligned(checkpoint, backbone, slots, tuple(outside), missing, prefix)
 
