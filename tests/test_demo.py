@@ -99,10 +99,10 @@ def test_what_is_said_follows_the_numbers():
 
     good = [row("pretrained", 50), row("individual", 90), row("average", 70), row("ties", 72), row("cart", 75)]
     assert "loses 20.0 points, and CART wins 5.0 of them back" in " ".join(reading(good))
-    assert "CART is the best merge here, 3.0 points before ties" in " ".join(reading(good))
+    assert "CART is the best merge here, 3.0 points before TIES" in " ".join(reading(good))
     bad = [row("pretrained", 50), row("individual", 90), row("average", 70), row("ties", 72), row("cart", 69)]
     assert "CART loses 1.0 more" in " ".join(reading(bad))
-    assert "The best merge here is ties, 3.0 points before CART" in " ".join(reading(bad))
+    assert "The best merge here is TIES, 3.0 points before CART" in " ".join(reading(bad))
 
 
 def test_edges_and_normalised():

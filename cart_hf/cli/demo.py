@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from cart_hf.demo.comparison import Row
 
 
 def demo(
@@ -16,7 +19,7 @@ def demo(
     seed: int = 0,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Run the whole road on small real data, offline, in about two minutes.
+    """Run the whole road on small real data, offline, in two to three minutes.
 
     A tiny RoBERTa is pretrained on the sentences of CLINC150, fine-tuned for 8 of its domains, and the 8 models are
     merged into one by every method. Settings are chosen on the validation split and scored on the test split.
@@ -41,13 +44,13 @@ def demo(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from cart_hf.cli.console import err, out, progress_bars, quiet_libraries
-    from cart_hf.demo.comparison import settings_text
+    from cart_hf.demo.comparison import edges, settings_text
     from cart_hf.demo.run import GRIDS, run_demo
     from cart_hf.demo.table import NAMES, terminal
 
     err.print(
         "Pretraining a tiny RoBERTa on CLINC150's sentences, fine-tuning it for 8 domains, merging the 8 models with "
-        f"{len(GRIDS)} methods: about two minutes on two cores."
+        f"{len(GRIDS)} methods: two to three minutes on two cores."
     )
     with quiet_libraries(), progress_bars() as bars:
         result = run_demo(output, seed=seed, overwrite=overwrite, progress=bars)
@@ -57,8 +60,12 @@ def demo(
     out.print()
     out.print(terminal(result.rows))
     out.print()
-    chosen = [f"{NAMES[name]}: {settings_text(row.settings)}" for name, row in rows.items() if row.settings]
-    out.print("chosen on the validation split - " + "; ".join(chosen))
+    out.print("Chosen on the validation split:")
+    for name, row in rows.items():
+        at_edge = " and ".join(edges(row, GRIDS.get(name, {})))
+        note = f"  ({at_edge} at the edge of the values tried)" if at_edge else ""
+        if row.settings:
+            out.print(f"  {NAMES[name]:16} {settings_text(row.settings)}{note}")
     out.print()
     for line in reading(result.rows):
         out.print(line)
@@ -70,7 +77,7 @@ def demo(
     out.print(f"  python -c \"import cart_hf; print(cart_hf.MultiTaskModel.from_pretrained('{output}/merged').tasks)\"")
 
 
-def reading(rows: list) -> list[str]:  # type: ignore[type-arg]
+def reading(rows: list[Row]) -> list[str]:
     """Say in words what the table shows, whatever it shows."""
     by_name = {row.name: row for row in rows}
     merges = [row for row in rows if row.name not in ("pretrained", "individual")]
@@ -84,8 +91,14 @@ def reading(rows: list) -> list[str]:  # type: ignore[type-arg]
     ]
     if best.name == "cart":
         second = max((row for row in merges if row.name != "cart"), key=lambda row: row.average)
-        lines.append(f"CART is the best merge here, {cart.average - second.average:.1f} points before {second.name}.")
+        lines.append(f"CART is the best merge here, {cart.average - second.average:.1f} points before {_name(second)}.")
     else:
-        lines.append(f"The best merge here is {best.name}, {best.average - cart.average:.1f} points before CART.")
+        lines.append(f"The best merge here is {_name(best)}, {best.average - cart.average:.1f} points before CART.")
     lines.append("Differences under a point are noise at this size (3600 test sentences, one seed).")
     return lines
+
+
+def _name(row: Row) -> str:
+    from cart_hf.demo.table import NAMES
+
+    return NAMES.get(row.name, row.name)
