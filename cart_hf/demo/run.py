@@ -26,7 +26,7 @@ GRIDS: dict[str, Grid] = {
     "ties": {"density": [0.2], "scale": [0.5, 1.0, 1.5]},
     "consensus": {"mask_threshold": [0.4], "scale": [0.6, 0.8, 1.0]},
     "dare": {"density": [0.5], "scale": [0.2, 0.3, 0.4]},
-    "cart": {"rank_ratio": [0.08, 0.16, 0.32], "scale": [1.0, 2.0, 3.0, 4.0, 6.0]},
+    "cart": {"rank_ratio": [0.08, 0.16, 0.32, 0.64], "scale": [1.0, 2.0, 4.0, 8.0]},
 }
 
 

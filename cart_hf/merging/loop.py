@@ -19,6 +19,7 @@ from cart_hf.merging.pieces import Thresholds, cast, merge_chunk, merge_group
 from cart_hf.merging.survey import magnitude_thresholds
 from cart_hf.plan import Group, Plan, PlannedTensor
 from cart_hf.plan.model import CHUNK
+from cart_hf.sources import element_size
 
 Write = Callable[[PlannedTensor, int, torch.Tensor], None]
 
@@ -31,11 +32,7 @@ class _Piece:
 
     @property
     def nbytes(self) -> int:
-        return (
-            (self.stop - self.start)
-            * sum(t.nbytes for t in self.group.tensors)
-            // max(1, sum(t.elements for t in self.group.tensors))
-        )
+        return (self.stop - self.start) * element_size(self.group.tensors[0].dtype)
 
 
 def default_workers(plan: Plan, device: torch.device) -> int:

@@ -102,7 +102,7 @@ def _plan_tensor(context: _Context, name: str) -> PlannedTensor:
     role, reason = _role(context, (name, key), slot, has_models=bool(owners), has_base=base is not None)
     if not stored.is_floating:
         role, reason = "base", "not floating-point: copied"
-    elif role == "low_rank" and len(stored.shape) != 2:
+    elif role == "low_rank" and (len(stored.shape) != 2 or not stored.elements):
         role, reason = "average", "not a matrix"
     block = context.reference.slots[slot].block
     donors = [model for _, model in owners] or [first]
