@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from cart_hf.errors import UserError
@@ -102,7 +103,9 @@ def merge(
     for checkpoint in plan.checkpoints:
         checkpoint.fetch()
     seconds["fetch"] = time.perf_counter() - started
-    _execute(plan, target, chosen, workers or default_workers(plan, chosen), progress, seconds)
+    workers = workers or default_workers(plan, chosen)
+    with WorkFolder(target, overwrite=overwrite) as folder:
+        _execute(plan, folder, target.name, chosen, workers, progress, seconds)
     return MergeResult(target, plan, seconds)
 
 
@@ -141,19 +144,25 @@ def plan_merge(recipe: Recipe) -> Plan:
 
 
 def _execute(
-    plan: Plan, target: Path, device: Any, workers: int, progress: Progress | None, seconds: dict[str, float]
+    plan: Plan,
+    folder: Path,
+    title: str,
+    device: torch.device,
+    workers: int,
+    progress: Progress | None,
+    seconds: dict[str, float],
 ) -> None:
+    """Carry out a plan into ``folder``, an empty folder of its own."""
     shards = lay_out(plan)
-    with WorkFolder(target) as folder:
-        check_space(folder, sum(shard.nbytes for shard in shards))
-        started = time.perf_counter()
-        try:
-            with WeightWriter(folder, shards) as writer:
-                run(plan, device, writer.write, workers=workers, progress=progress)
-            seconds["merge"] = time.perf_counter() - started
-            write_folder(folder, plan, shards)
-            write_record(folder, plan, shards, seconds, str(device))
-            write_card(folder, plan, target.name)
-        except (OSError, SafetensorError) as failure:  # safetensors wraps a full disk in an error of its own
-            reason = getattr(failure, "strerror", None) or failure
-            raise UserError(f"cannot write the output beside {target}: {reason}") from failure
+    check_space(folder, sum(shard.nbytes for shard in shards))
+    started = time.perf_counter()
+    try:
+        with WeightWriter(folder, shards) as writer:
+            run(plan, device, writer.write, workers=workers, progress=progress)
+        seconds["merge"] = time.perf_counter() - started
+        write_folder(folder, plan, shards)
+        write_record(folder, plan, shards, seconds, str(device))
+        write_card(folder, plan, title)
+    except (OSError, SafetensorError) as failure:  # safetensors wraps a full disk in an error of its own
+        reason = getattr(failure, "strerror", None) or failure
+        raise UserError(f"cannot write the output {folder.parent / title}: {reason}") from failure

@@ -242,6 +242,21 @@ def test_a_failure_keeps_the_earlier_output(bert, monkeypatch):
     assert not [p.name for p in bert.iterdir() if p.name.startswith(".")]
 
 
+def test_an_output_that_appears_meanwhile_is_not_replaced(bert, monkeypatch):
+    models = [str(bert / f"task{i}") for i in range(3)]
+
+    def intrude(*arguments):
+        (bert / "race").mkdir()
+        (bert / "race" / "precious").write_text("x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cart_hf.api, "write_card", intrude)
+        with pytest.raises(cart_hf.UserError, match="race exists"):
+            cart_hf.merge(base=str(bert / "base"), models=models, output=bert / "race")
+    assert [p.name for p in (bert / "race").iterdir()] == ["precious"]
+    assert not [p.name for p in bert.iterdir() if p.name.startswith(".")]
+
+
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     """By the plan's own estimate, which the benchmark script compares with the process's peak."""
     estimates = []

@@ -234,6 +234,22 @@ def test_language_models_merge_with_their_shared_output_layer(tmp_path, make, lo
     torch.testing.assert_close(merged.get_output_embeddings().weight, mean, atol=1e-6, rtol=0)
 
 
+def test_the_first_gpt2_layout(tmp_path):
+    """The Hub's gpt2 file has no prefix, and holds the causal masks that no model reads any more."""
+    base, models = make_family(tmp_path, "gpt2")
+    cart_hf.merge(base=base, models=models, output=tmp_path / "new", method="task_arithmetic", scale=0.5)
+    expected = load_file(tmp_path / "new" / "model.safetensors")
+
+    def age(state):
+        masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 20, 20) for layer in range(2)}
+        return {key.removeprefix("transformer."): tensor for key, tensor in state.items()} | masks
+
+    old = rewrite(base, tmp_path / "old", age)
+    result = cart_hf.merge(base=old, models=models, output=tmp_path / "out", method="task_arithmetic", scale=0.5)
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), expected)
+    assert set(result.plan.base.ignored) == {"h.0.attn.bias", "h.1.attn.bias"}
+
+
 def test_experts_that_transformers_fuses_are_merged_one_by_one(tmp_path):
     torch.manual_seed(0)
     config = MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2)

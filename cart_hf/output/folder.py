@@ -73,11 +73,12 @@ class WorkFolder:
     """A hidden folder beside the target; renamed to it on success, removed on failure.
 
     :param target: an absolute path, links resolved.
-    :raises UserError: when the target's parent cannot be written.
+    :param overwrite: whether a target that is not empty is replaced.
+    :raises UserError: when the target's parent cannot be written, or the target has appeared in the meantime.
     """
 
-    def __init__(self, target: Path) -> None:
-        self._target = target
+    def __init__(self, target: Path, *, overwrite: bool) -> None:
+        self._target, self._overwrite = target, overwrite
         self._made: list[Path] = []
         self.path = target
 
@@ -99,11 +100,15 @@ class WorkFolder:
         if kind is not None:
             self._remove()
             return
-        old = None
-        if self._target.exists():
-            old = self.path.with_suffix(".old")
-            self._target.rename(old)
-        self.path.rename(self._target)
+        try:
+            check_target(self._target, overwrite=self._overwrite)  # another process may have been faster
+            old = self.path.with_suffix(".old") if self._target.exists() else None
+            if old is not None:
+                self._target.rename(old)
+            self.path.rename(self._target)
+        except (UserError, OSError) as failure:
+            self._remove()
+            raise failure if isinstance(failure, UserError) else UserError(f"{self._target}: {failure}") from failure
         if old is not None:
             shutil.rmtree(old)
 
