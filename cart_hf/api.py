@@ -18,7 +18,7 @@ from cart_hf.output.folder import WorkFolder, check_inputs, check_space, check_t
 from cart_hf.output.record import write_record
 from cart_hf.output.writer import WeightWriter
 from cart_hf.plan import Plan, lay_out, make_plan
-from cart_hf.recipe import Recipe, Reference, recipe_from_flags
+from cart_hf.recipe import Recipe, Reference, recipe_from_flags, refuse_flags
 from cart_hf.sources import Checkpoint, open_checkpoint
 
 
@@ -41,29 +41,30 @@ def merge(
     *,
     output: str | Path,
     base: str | None = None,
-    models: Sequence[str] = (),
-    method: str = "cart",
+    models: Sequence[str] | None = None,
+    method: str | None = None,
     weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    out_dtype: str | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    seed: int | None = None,
+    max_shard_size: str | None = None,
+    tokenizer_source: str | None = None,
     device: str = "auto",
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    dtype: str | None = None,
-    out_dtype: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    seed: int = 0,
-    max_shard_size: str = "5GB",
-    tokenizer_source: str = "base",
     **parameters: Any,
 ) -> MergeResult:
     """Merge fine-tuned models into one.
 
-    :param recipe: what to do; or leave it out and give ``models`` and the other arguments.
+    :param recipe: what to do; or leave it out and give ``models`` and the other arguments, which mean what the keys of
+        a recipe mean.
     :param output: folder to write; it must not exist.
     :param base: the pretrained model: a Hub id, ``id@revision`` or a folder.
     :param models: the fine-tuned models, ``REF`` or ``NAME=REF``.
-    :param method: name of a merge method.
+    :param method: name of a merge method; default: ``cart``.
     :param weights: one weight for each model.
     :param device: ``auto``, ``cpu``, ``cuda``, ``mps`` ...
     :param workers: worker threads; default: one per core. The result does not depend on it.
@@ -72,23 +73,23 @@ def merge(
     :param parameters: the method's parameters, such as ``rank_ratio=0.08, scale=1.5``.
     :raises UserError: when the recipe or an input is wrong; nothing is then left at ``output``.
     """
+    settings = {
+        "base": base,
+        "models": models,
+        "method": method,
+        "weights": weights,
+        "dtype": dtype,
+        "out_dtype": out_dtype,
+        "include": include,
+        "exclude": exclude,
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+        "tokenizer_source": tokenizer_source,
+    }
     if recipe is None:
-        recipe = recipe_from_flags(
-            base=base,
-            models=models,
-            method=method,
-            weights=weights,
-            parameters=parameters,
-            dtype=dtype,
-            out_dtype=out_dtype,
-            include=list(include) or None,
-            exclude=list(exclude) or None,
-            seed=seed,
-            max_shard_size=max_shard_size,
-            tokenizer_source=tokenizer_source,
-        )
-    elif base or models or parameters or weights:
-        raise UserError("give either a recipe or base, models and parameters, not both")
+        recipe = recipe_from_flags(settings, parameters)
+    else:
+        refuse_flags(settings, parameters)
     target = resolved_target(output)
     check_target(target, overwrite=overwrite)
     if workers is not None and workers < 1:

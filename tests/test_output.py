@@ -263,6 +263,6 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     for layers in (1, 6):
         model = RobertaModel(roberta_config(num_hidden_layers=layers))
         folders = [save(model, tmp_path / f"{layers}-{i}") for i in range(3)]
-        plan = cart_hf.api.plan_merge(recipe_from_flags(base=folders[0], models=folders))
+        plan = cart_hf.api.plan_merge(recipe_from_flags({"base": folders[0], "models": folders}, {}))
         estimates.append(plan.memory(2))
     assert estimates[0] == estimates[1]

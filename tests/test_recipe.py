@@ -30,6 +30,11 @@ OUTSIDE, FIRST, MIDDLE, LAST = (
 DENSE = "encoder.layer.2.intermediate.dense.weight"
 
 
+def from_flags(parameters=None, **settings):
+    """Call recipe_from_flags with keywords."""
+    return recipe_from_flags(settings, parameters or {})
+
+
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     """A BERT base and two classifiers with five layers: gradients have something to vary over."""
@@ -255,16 +260,16 @@ def test_merged_numbers(family, tmp_path):
 def test_cart_settings(family):
     """Rank by gradient and filter; ``rank`` where a filter matches, the default ratio elsewhere."""
     models = [f"a={family['A']}", f"b={family['B']}", f"c={family['BASE']}"]
-    gradient = plan_merge(recipe_from_flags(base=None, models=models, parameters={"rank": [1, 9]}))
+    gradient = plan_merge(from_flags(base=None, models=models, parameters={"rank": [1, 9]}))
     ranks = {tensor.name: tensor.rank for tensor in gradient.tensors if tensor.role == "low_rank"}
     assert [ranks[name] for name in (FIRST, MIDDLE, LAST)] == [1, 5, 9]
     rule = [{"filter": "query", "value": 16}]
-    filtered = plan_merge(recipe_from_flags(base=None, models=models, parameters={"rank": rule}))
+    filtered = plan_merge(from_flags(base=None, models=models, parameters={"rank": rule}))
     ranks = {tensor.name: tensor.rank for tensor in filtered.tensors if tensor.role == "low_rank"}
     assert (ranks[FIRST], ranks[DENSE]) == (16, max(1, int(0.08 * 16)))
-    ratio = plan_merge(recipe_from_flags(base=None, models=models, parameters={"rank_ratio": 0.5}))
+    ratio = plan_merge(from_flags(base=None, models=models, parameters={"rank_ratio": 0.5}))
     assert {tensor.rank for tensor in ratio.tensors if tensor.role == "low_rank"} == {8}
-    energy = plan_merge(recipe_from_flags(base=None, models=models, parameters={"energy": [0.2, 0.6]}))
+    energy = plan_merge(from_flags(base=None, models=models, parameters={"energy": [0.2, 0.6]}))
     (middle,) = [tensor for tensor in energy.tensors if tensor.name == MIDDLE]
     assert (middle.rank, middle.energy) == (None, pytest.approx(0.4))
 
@@ -272,7 +277,7 @@ def test_cart_settings(family):
 def test_rank_above_the_dimension(family):
     """A rank larger than a matrix has directions means all of them."""
     models = [f"a={family['A']}", f"b={family['B']}"]
-    plan = plan_merge(recipe_from_flags(base=None, models=models, parameters={"rank": 1000}))
+    plan = plan_merge(from_flags(base=None, models=models, parameters={"rank": 1000}))
     assert {tensor.rank for tensor in plan.tensors if tensor.role == "low_rank"} == {16}
 
 
@@ -377,7 +382,7 @@ TWO = ("org/a", "org/b")
 )
 def test_defaults(method, given, weights, expected):
     """What the method implies stands in the recipe (None: it does not)."""
-    recipe = recipe_from_flags(base="org/base", models=TWO, method=method, parameters=given, weights=weights)
+    recipe = from_flags(base="org/base", models=TWO, method=method, parameters=given, weights=weights)
     assert {name: recipe.parameters.get(name) for name in expected} == expected
 
 
@@ -404,7 +409,7 @@ def test_defaults(method, given, weights, expected):
 )  # fmt: skip
 def test_flags_are_yaml(flags, text):
     """A merge by flags is the recipe that a file says."""
-    assert recipe_from_flags(**{"base": None, "models": TWO, **flags}) == read(text)
+    assert from_flags(**{"base": None, "models": TWO, **flags}) == read(text)
 
 
 @pytest.mark.parametrize(
@@ -436,7 +441,7 @@ def test_round_trip_of_folders(family, tmp_path, monkeypatch):
     for name in names:
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    recipe = recipe_from_flags(base="plain", models=[f"m{i}={name}" for i, name in enumerate(names)])
+    recipe = from_flags(base="plain", models=[f"m{i}={name}" for i, name in enumerate(names)])
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     monkeypatch.chdir("/")
     again = Recipe.load(tmp_path / "recipe.yaml")
@@ -458,10 +463,12 @@ def test_canonical_names_only():
 def test_python_errors_name_every_problem():
     """The API raises what the command line prints."""
     with pytest.raises(UserError) as caught:
-        recipe_from_flags(base=None, models=TWO, method="ties", parameters={"density": 0, "sclae": 1})
+        from_flags(base=None, models=TWO, method="ties", parameters={"density": 0, "sclae": 1})
     assert len(caught.value.problems) == 3
-    with pytest.raises(UserError, match="either a recipe or"):
-        cart_hf.merge(read("{merge_method: cart, models: [o/a, o/b]}"), output="x", models=TWO)
+    recipe = read("{merge_method: cart, models: [o/a, o/b]}")
+    for beside in ({"models": TWO}, {"method": "ties"}, {"seed": 1}, {"rank": 3}):
+        with pytest.raises(UserError, match=f"--{next(iter(beside))}: with a recipe file, edit the recipe"):
+            cart_hf.merge(recipe, output="x", **beside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,7 +515,7 @@ def test_a_path_that_exists_wins(name, tmp_path, monkeypatch):
         assert Path(found.to_yaml()) == tmp_path / name
     assert split_name(name) == (None, name)
     assert split_name(f"task={name}") == ("task", name)
-    assert recipe_from_flags(base=None, models=[f"t={name}", f"x={tmp_path}"]).models[0].model.path == name
+    assert from_flags(base=None, models=[f"t={name}", f"x={tmp_path}"]).models[0].model.path == name
 
 
 def test_home(tmp_path, monkeypatch):
@@ -596,7 +603,7 @@ def test_default_name_of_here(tmp_path, monkeypatch):
 def test_default_names_are_names(folder, tmp_path, monkeypatch):
     """The default name is always one that a task may have."""
     (tmp_path / folder).mkdir()
-    recipe_from_flags(base=None, models=[str(tmp_path / folder), f"other={tmp_path}"])
+    from_flags(base=None, models=[str(tmp_path / folder), f"other={tmp_path}"])
 
 
 @pytest.mark.parametrize(

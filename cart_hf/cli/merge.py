@@ -126,7 +126,7 @@ def merge(
     format:
         What stdout gets: a summary for people, or JSON.
     """
-    from cart_hf.recipe import Recipe, recipe_from_flags
+    from cart_hf.recipe import Recipe, recipe_from_flags, refuse_flags
 
     if recipe is not None and output_folder is None and models and not recipe.is_file():
         recipe, output_folder = None, recipe  # `cart-hf merge OUT --base B --models A1 A2`
@@ -158,16 +158,10 @@ def merge(
         "max_shard_size": max_shard_size,
     }
     if recipe is not None:
-        given = [name for name, value in (settings | parameters).items() if value is not None]
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise UserError(f"{flags}: with a recipe file, edit the recipe instead")
+        refuse_flags(settings, parameters)
         what = Recipe.load(recipe)
-    elif models:
-        kept = {name: value for name, value in settings.items() if value is not None}
-        what = recipe_from_flags(parameters=parameters, **{"base": None, **kept})
     else:
-        raise UserError("nothing to merge: give a recipe file, or --base and --models (see cart-hf merge --help)")
+        what = recipe_from_flags(settings, parameters)
     if print_recipe:
         print(what.to_yaml(), end="")  # noqa: T201
         return

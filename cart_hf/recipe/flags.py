@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from cart_hf.errors import UserError
@@ -10,21 +10,18 @@ from cart_hf.recipe.reference import split_name
 from cart_hf.recipe.schema import Recipe
 
 
-def recipe_from_flags(
-    *,
-    base: str | None,
-    models: Sequence[str],
-    method: str = "cart",
-    weights: Sequence[float] | None = None,
-    parameters: Mapping[str, Any] | None = None,
-    **other: Any,
-) -> Recipe:
-    """Build a recipe as the command line does: ``models`` are ``[NAME=]REF``.
+def recipe_from_flags(settings: Mapping[str, Any], parameters: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from flags; None means that a flag was not given.
 
-    :param parameters: the method's parameters; None values are left out.
-    :param other: further recipe keys (dtype, include ...); None values are left out.
+    :param settings: the recipe's keys, but for ``base``, ``models`` (a list of ``[NAME=]REF``), ``method`` and
+        ``weights`` (a number for each model).
+    :param parameters: the method's parameters.
     :raises UserError: with every problem found.
     """
+    given = {name: value for name, value in settings.items() if value is not None}
+    models, weights = given.pop("models", []), given.pop("weights", None)
+    if not models:
+        raise UserError("nothing to merge: give a recipe, or --base and --models (see cart-hf merge --help)")
     if weights is not None and len(weights) != len(models):
         raise UserError(f"--weights: {len(weights)} values for {len(models)} models; give one for each")
     entries = []
@@ -34,6 +31,22 @@ def recipe_from_flags(
         if weights is not None:
             entry["parameters"] = {"weight": weights[position]}
         entries.append(entry)
-    given = {name: value for name, value in (parameters or {}).items() if value is not None}
-    data = {"merge_method": method, "base_model": base, "models": entries, "parameters": given, **other}
-    return Recipe.from_mapping({key: value for key, value in data.items() if value is not None})
+    data: dict[str, Any] = {
+        "merge_method": given.pop("method", "cart"),
+        "models": entries,
+        "parameters": {name: value for name, value in parameters.items() if value is not None},
+    }
+    if "base" in given:
+        data["base_model"] = given.pop("base")
+    return Recipe.from_mapping(data | given)
+
+
+def refuse_flags(settings: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Refuse flags beside a recipe file: what of the two counts would be a guess.
+
+    :raises UserError: naming them.
+    """
+    given = [name for name, value in {**settings, **parameters}.items() if value is not None]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"{flags}: with a recipe file, edit the recipe instead")
