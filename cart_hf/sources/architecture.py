@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -100,39 +100,32 @@ class Architecture:
         }
         self._model = model
 
-    def module_name(self, key: str) -> tuple[str, str]:
-        """Map a checkpoint file's key to (its module name, the slot it belongs to).
+    def module_names(self, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """Map a checkpoint's file keys to (module name, slot) by transformers' own rules.
 
         The two differ only for tensors that transformers fuses on loading (experts of a mixture): many file tensors
         then share one slot, and each keeps a name of its own.
         """
-        from transformers.core_model_loading import rename_source_key
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
 
-        renamings, converters = self._conversions()
-        prefix, state = self._model.base_model_prefix, self._state()
-        slot, converted = rename_source_key(key, renamings, converters, prefix, state)
-        if converted is None:
-            return slot, slot
-        name, _ = rename_source_key(key, renamings, [])
-        bare_slot, _ = rename_source_key(key, renamings, converters)
-        if slot != bare_slot:  # the base model's prefix was added or removed: the same for the name
-            name = f"{prefix}.{name}" if slot.startswith(f"{prefix}.") else name.removeprefix(f"{prefix}.")
-        return name, slot
-
-    def _state(self) -> Mapping[str, torch.Tensor]:
-        if not hasattr(self, "_state_dict"):
-            self._state_dict: Mapping[str, torch.Tensor] = self._model.state_dict()
-        return self._state_dict
-
-    def _conversions(self) -> tuple[list[Any], list[Any]]:
-        if not hasattr(self, "_split"):
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightConverter
-
-            rules = get_model_conversion_mapping(self._model)
-            converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-            self._split = ([rule for rule in rules if not isinstance(rule, WeightConverter)], converters)
-        return self._split
+        # Made anew for each checkpoint, and applied in order: some rules remember what they have matched.
+        rules = get_model_conversion_mapping(self._model)
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+        prefix, state = self._model.base_model_prefix, self._model.state_dict()
+        names: dict[str, tuple[str, str]] = {}
+        for key in sorted(keys):
+            slot, converted = rename_source_key(key, renamings, converters, prefix, state)
+            name = slot
+            if converted is not None:
+                name, _ = rename_source_key(key, renamings, [])
+                unprefixed, _ = rename_source_key(key, renamings, converters)
+                if slot != unprefixed:  # the base model's prefix was added or removed: the same for the name
+                    added = slot.startswith(f"{prefix}.")
+                    name = f"{prefix}.{name}" if added else name.removeprefix(f"{prefix}.")
+            names[key] = name, slot
+        return names
 
     def path_of(self, other: Architecture) -> dict[str, str]:
         """Say which sub-models of ``other`` are this architecture's: {path in other: path here}, outermost first.
@@ -145,7 +138,7 @@ class Architecture:
             if any(outer == "" or path.startswith(f"{outer}.") for outer in found):
                 continue
             here = [p for p, k in self.submodels.items() if k == kind]
-            if path in here or here:
+            if here:
                 found[path] = path if path in here else here[0]
         return found
 

@@ -123,9 +123,10 @@ def _by_module_name(
     copies: dict[str, FileTensor] = {}
     ignored: list[str] = []
     problems: list[str] = []
+    names = architecture.module_names(key for file in files.values() for key in file.tensors)
     for file in files.values():
         for key, stored in file.tensors.items():
-            module_name, slot = architecture.module_name(key)
+            module_name, slot = names[key]
             tensor = FileTensor(key, slot, stored, file)
             if slot not in room:
                 ignored.append(key)
