@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cart_hf.errors import shorten
-from cart_hf.sources import Architecture, Checkpoint, StoredTensor, describe
+from cart_hf.sources import Architecture, Checkpoint, StoredTensor, describe, renamed
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,9 @@ def align(checkpoint: Checkpoint, reference: Architecture, anchor: str, problems
 
     def canonical(name: str) -> str:
         """Rename the sub-models that both share; return "" for what the merged model has no room for."""
-        for path, here in paths.items():
-            if path == "" or name.startswith(f"{path}."):
-                rest = name.removeprefix(path).removeprefix(".")
-                return f"{here}.{rest}" if here else rest
+        here = renamed(name, paths)
+        if here is not None:
+            return here
         return name if name in reference.slots else ""
 
     backbone: dict[str, str] = {}
@@ -121,17 +120,12 @@ def align(checkpoint: Checkpoint, reference: Architecture, anchor: str, problems
         )
     expected = {canonical(slot) for slot in mine.slots if slot not in mine.tied} & set(reference.slots)
     # its class may do without a pooler, but not without a block
-    covered = tuple(paths.values())
-    expected |= {s for s, slot in reference.slots.items() if slot.block and _lies_under(s, covered)} - set(
-        reference.tied
-    )
+    shared = {here: here for here in paths.values()}
+    blocks = {name for name, slot in reference.slots.items() if slot.block and renamed(name, shared) is not None}
+    expected |= blocks - set(reference.tied)
     missing = frozenset(expected - set(slots.values()))
     prefix = next((f"{path}." for path, here in paths.items() if path and not here), "")
     return Aligned(checkpoint, backbone, slots, tuple(outside), missing, prefix)
-
-
-def _lies_under(name: str, paths: Sequence[str]) -> bool:
-    return any(path == "" or name.startswith(f"{path}.") for path in paths)
 
 
 def _differing_settings(
@@ -139,14 +133,8 @@ def _differing_settings(
 ) -> list[tuple[str, object, object]]:
     """Compare what the shared sub-models compute, as far as shapes do not tell: heads, activations, norms."""
     differences: list[tuple[str, object, object]] = []
-    for path, here in paths.items():
-        for sub, settings in mine.settings.items():
-            if sub == path or path == "" or sub.startswith(f"{path}."):
-                rest = sub.removeprefix(path).removeprefix(".")
-                theirs = reference.settings.get(".".join(part for part in (here, rest) if part), {})
-                differences += [
-                    (key, value, theirs[key])
-                    for key, value in settings.items()
-                    if key in theirs and theirs[key] != value
-                ]
+    for path, settings in mine.settings.items():
+        here = renamed(path, paths)
+        theirs = {} if here is None else reference.settings.get(here, {})
+        differences += [(key, value, theirs[key]) for key, value in settings.items() if theirs.get(key, value) != value]
     return [difference for i, difference in enumerate(differences) if difference not in differences[:i]]

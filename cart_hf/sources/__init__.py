@@ -1,6 +1,6 @@
 """Sources: a reference becomes a checkpoint - read-only, lazy, with module names, headers before weights."""
 
-from cart_hf.sources.architecture import Architecture, Block, describe
+from cart_hf.sources.architecture import Architecture, Block, describe, renamed
 from cart_hf.sources.checkpoint import Checkpoint, open_checkpoint
 from cart_hf.sources.dtypes import DTYPES, dtype_name, element_size
 from cart_hf.sources.weights import StoredTensor, WeightFile
@@ -16,4 +16,5 @@ __all__ = [
     "dtype_name",
     "element_size",
     "open_checkpoint",
+    "renamed",
 ]

@@ -66,13 +66,11 @@ class Slot:
 
     :param shape: its shape.
     :param linear: whether it is the weight of a linear layer (nn.Linear or GPT-2's Conv1D).
-    :param transposed: whether it is stored (in, out), as Conv1D does.
     :param block: its block, or None outside the blocks.
     """
 
     shape: tuple[int, ...]
     linear: bool
-    transposed: bool
     block: Block | None
 
 
@@ -86,7 +84,6 @@ class Architecture:
         from transformers import PreTrainedModel
 
         self.class_name = type(model).__name__
-        self.model_type: str = model.config.model_type
         self.slots = _slots(model)
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         # type name of every sub-model by path; "" is the model itself
@@ -135,7 +132,7 @@ class Architecture:
         """
         found: dict[str, str] = {}
         for path, kind in other.submodels.items():
-            if any(outer == "" or path.startswith(f"{outer}.") for outer in found):
+            if renamed(path, found) is not None:
                 continue
             here = [p for p, k in self.submodels.items() if k == kind]
             if here:
@@ -162,11 +159,24 @@ def describe(config: Mapping[str, Any], label: str, *, bare: bool = False) -> Ar
         raise UserError(f"{label}: architectures in config.json must be a list of class names, not {names!r}")
     # names of models and runs do not change the structure: leave them out of the cache's key
     structural = {key: value for key, value in config.items() if key not in NAMES_ONLY}
-    return _build(json.dumps(structural, sort_keys=True, default=str), "" if bare or not names else names[0], label)
+    try:
+        return _build(json.dumps(structural, sort_keys=True, default=str), "" if bare or not names else names[0])
+    except UserError as failure:
+        raise UserError([f"{label}: {problem}" for problem in failure.problems]) from failure
+
+
+def renamed(name: str, paths: Mapping[str, str]) -> str | None:
+    """Rename what lies at or under one of ``paths`` ({path: new path}, "" for the root); None for what does not."""
+    for path, new in paths.items():
+        if path == "" or name == path or name.startswith(f"{path}."):
+            rest = name.removeprefix(path).removeprefix(".")
+            return ".".join(part for part in (new, rest) if part)
+    return None
 
 
 @cache
-def _build(config_json: str, class_name: str, label: str) -> Architecture:
+def _build(config_json: str, class_name: str) -> Architecture:
+    """Build the architecture once for all models of one configuration; errors do not say whose it is."""
     import transformers
 
     data = json.loads(config_json)
@@ -176,21 +186,17 @@ def _build(config_json: str, class_name: str, label: str) -> Architecture:
         reason = (
             "and needs remote code, which cart-hf never runs" if data.get("auto_map") else "; upgrade transformers?"
         )
-        raise UserError(f"{label}: model type '{model_type}' is unknown to {installed} {reason}".replace(" ;", ";"))
+        raise UserError(f"model type '{model_type}' is unknown to {installed} {reason}".replace(" ;", ";"))
     config_class = transformers.CONFIG_MAPPING[model_type]
     model_class = getattr(transformers, class_name, None) if class_name else _bare_class(config_class)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise UserError(
-            f"{label}: {installed} has no model class {class_name or model_type} (config.json: architectures)"
-        )
+        raise UserError(f"{installed} has no model class {class_name or model_type} (config.json: architectures)")
     try:
         with torch.device("meta"):
             model = model_class(config_class.from_dict(data))
     except Exception as failure:  # whatever a configuration or a model raises for values that make no sense
         reason = " ".join(str(failure).split())[:300]
-        raise UserError(
-            f"{label}: transformers cannot build {model_class.__name__} from config.json: {reason}"
-        ) from failure
+        raise UserError(f"transformers cannot build {model_class.__name__} from config.json: {reason}") from failure
     return Architecture(model)
 
 
@@ -205,15 +211,15 @@ def _bare_class(config_class: type) -> Any:
 def _slots(model: torch.nn.Module) -> dict[str, Slot]:
     from transformers.pytorch_utils import Conv1D
 
-    linear: dict[str, bool] = {}
+    linear: set[str] = set()
     lists: dict[str, int] = {}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | Conv1D):
-            linear[f"{path}.weight"] = isinstance(module, Conv1D)
+            linear.add(f"{path}.weight")
         elif isinstance(module, torch.nn.ModuleList):
             lists[path] = len(module)
     return {
-        name: Slot(tuple(tensor.shape), name in linear, linear.get(name, False), _block_of(name, lists))
+        name: Slot(tuple(tensor.shape), name in linear, _block_of(name, lists))
         for name, tensor in model.state_dict().items()
     }
 
