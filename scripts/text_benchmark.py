@@ -21,12 +21,14 @@ from datasets import Dataset
 from finetune_text import text_columns
 from transformers import AutoTokenizer, logging
 
-from cart_hf.demo.comparison import GRIDS, Batches, Grid, compare, edges, encode
-from cart_hf.demo.table import markdown
+from cart_hf.demo.comparison import Batches, Grid, compare, edges, encode
+from cart_hf.demo.table import as_json, markdown
 
-WIDE_GRIDS: dict[str, Grid] = GRIDS | {
+GRIDS: dict[str, Grid] = {
+    "average": {},
     "task_arithmetic": {"scale": [0.15, 0.2, 0.25, 0.3, 0.4, 0.5]},
     "ties": {"density": [0.2], "scale": [0.5, 1.0, 1.5, 2.0, 2.5]},
+    "consensus": {"mask_threshold": [0.4], "min_tasks": [2], "scale": [0.2, 0.3, 0.4, 0.5, 0.6]},
     "dare": {"density": [0.5], "scale": [0.15, 0.2, 0.25, 0.3, 0.4]},
     "cart": {"rank_ratio": [0.02, 0.04, 0.08, 0.16, 0.32], "scale": [1.0, 1.5, 2.0, 2.5, 3.0]},
 }
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--validation-limit", type=int, default=250, help="examples of each task that choose settings")
     parser.add_argument("--test-limit", type=int, default=1000, help="examples of each task that are scored")
-    parser.add_argument("--methods", nargs="+", choices=WIDE_GRIDS, default=list(WIDE_GRIDS))
+    parser.add_argument("--methods", nargs="+", choices=GRIDS, default=list(GRIDS))
     parser.add_argument("--max-length", type=int, default=64)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -60,18 +62,17 @@ def main() -> None:
         return encode(tokenizer, texts, dataset["label"], max_length=arguments.max_length)
 
     validation, test = data("validation", arguments.validation_limit), data("test", arguments.test_limit)
-    grids = {method: WIDE_GRIDS[method] for method in arguments.methods}
+    grids = {method: GRIDS[method] for method in arguments.methods}
     rows = []
     with tempfile.TemporaryDirectory() as work:
         for row in compare(arguments.base, models, validation, test, Path(work), grids=grids):
             rows.append(row)
-            on_edge = edges(row, WIDE_GRIDS.get(row.name, {}))
+            on_edge = edges(row, GRIDS.get(row.name, {}))
             note = f" (at the edge of its grid: {', '.join(on_edge)})" if on_edge else ""
             print(f"{row.name}: {row.average:.1f} {dict(row.settings)}{note}", file=sys.stderr, flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "results.md").write_text(markdown(rows), encoding="utf-8")
-    results = [{"name": r.name, "settings": dict(r.settings), "scores": r.scores, "average": r.average} for r in rows]
-    (arguments.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (arguments.output / "results.json").write_text(json.dumps(as_json(rows), indent=2) + "\n", encoding="utf-8")
     print(markdown(rows))
 
 

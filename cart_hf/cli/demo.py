@@ -46,7 +46,7 @@ def demo(
     from cart_hf.cli.console import err, out, progress_bars, quiet_libraries
     from cart_hf.demo.comparison import edges, settings_text
     from cart_hf.demo.run import GRIDS, run_demo
-    from cart_hf.demo.table import NAMES, terminal
+    from cart_hf.demo.table import name_of, terminal
 
     err.print(
         "Pretraining a tiny RoBERTa on CLINC150's sentences, fine-tuning it for 8 domains, merging the 8 models with "
@@ -65,7 +65,7 @@ def demo(
         at_edge = " and ".join(edges(row, GRIDS.get(name, {})))
         note = f"  ({at_edge} at the edge of the values tried)" if at_edge else ""
         if row.settings:
-            out.print(f"  {NAMES[name]:16} {settings_text(row.settings)}{note}")
+            out.print(f"  {name_of(row):16} {settings_text(row.settings)}{note}")
     out.print()
     for line in reading(result.rows):
         out.print(line)
@@ -79,6 +79,8 @@ def demo(
 
 def reading(rows: list[Row]) -> list[str]:
     """Say in words what the table shows, whatever it shows."""
+    from cart_hf.demo.table import name_of
+
     by_name = {row.name: row for row in rows}
     merges = [row for row in rows if row.name not in ("pretrained", "individual")]
     best = max(merges, key=lambda row: row.average)
@@ -91,14 +93,10 @@ def reading(rows: list[Row]) -> list[str]:
     ]
     if best.name == "cart":
         second = max((row for row in merges if row.name != "cart"), key=lambda row: row.average)
-        lines.append(f"CART is the best merge here, {cart.average - second.average:.1f} points before {_name(second)}.")
+        lines.append(
+            f"CART is the best merge here, {cart.average - second.average:.1f} points before {name_of(second)}."
+        )
     else:
-        lines.append(f"The best merge here is {_name(best)}, {best.average - cart.average:.1f} points before CART.")
+        lines.append(f"The best merge here is {name_of(best)}, {best.average - cart.average:.1f} points before CART.")
     lines.append("Differences under a point are noise at this size (3600 test sentences, one seed).")
     return lines
-
-
-def _name(row: Row) -> str:
-    from cart_hf.demo.table import NAMES
-
-    return NAMES.get(row.name, row.name)

@@ -23,14 +23,6 @@ Batches = Sequence[tuple[Mapping[str, torch.Tensor], torch.Tensor]]
 Grid = Mapping[str, Sequence[Any]]
 """For each parameter of a method the values to try."""
 
-GRIDS: dict[str, Grid] = {
-    "average": {},
-    "task_arithmetic": {"scale": [0.2, 0.3, 0.4, 0.5, 0.6]},
-    "ties": {"density": [0.2], "scale": [0.5, 1.0, 1.5, 2.0, 2.5]},
-    "consensus": {"mask_threshold": [0.4], "min_tasks": [2], "scale": [0.2, 0.3, 0.4, 0.5, 0.6]},
-    "cart": {"rank_ratio": [0.04, 0.08, 0.16, 0.32], "scale": [1.0, 1.5, 2.0, 2.5]},
-}
-
 
 @dataclass(frozen=True)
 class Row:
@@ -62,7 +54,7 @@ def compare(
     test: Mapping[str, Batches],
     work: Path,
     *,
-    grids: Mapping[str, Grid] = GRIDS,
+    grids: Mapping[str, Grid],
     keep: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda step, advance, total: None,
     **options: Any,
@@ -73,18 +65,20 @@ def compare(
     :param models: folder of each task's fine-tuned model.
     :param validation, test: each task's batches.
     :param work: folder for the merges that are tried; they are removed again.
+    :param grids: the methods, and the settings to try for each.
     :param keep: where the best CART merge stays.
     :param options: passed on to :func:`cart_hf.merge`.
     """
     named = [f"{task}={folder}" for task, folder in models.items()]
 
-    def merged(output: Path, method: str, settings: Mapping[str, Any]) -> MultiTaskModel:
+    def attempt(
+        method: str, settings: Mapping[str, Any], data: Mapping[str, Batches], stays: Path | None = None
+    ) -> Scores:
+        output = stays or work / "attempt"
         merge(base=base, models=named, output=output, method=method, overwrite=True, **settings, **options)
-        return MultiTaskModel.from_pretrained(output)
-
-    def attempt(method: str, settings: Mapping[str, Any], data: Mapping[str, Batches]) -> Scores:
-        scores = accuracy(merged(work / "attempt", method, settings), data)
-        shutil.rmtree(work / "attempt")
+        scores = accuracy(MultiTaskModel.from_pretrained(output), data)
+        if stays is None:
+            shutil.rmtree(output)
         return scores
 
     # the base's encoder under each task's head: a task vector of length zero
@@ -93,35 +87,37 @@ def compare(
     yield Row("individual", {}, alone)
     for method, grid in grids.items():
         points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-        tried = []
-        for settings in points:
-            scores = attempt(method, settings, validation) if len(points) > 1 else {"": 0.0}
-            tried.append((sum(scores.values()) / len(scores), settings))
+        best, most = points[0], -1.0
+        for settings in points if len(points) > 1 else []:
+            scores = attempt(method, settings, validation)
+            average = sum(scores.values()) / len(scores)
+            if average > most:
+                best, most = settings, average
             progress(f"merging: {method}", 1, len(points))
-        best = max(tried, key=lambda entry: entry[0])[1]
-        yield Row(method, best, attempt(method, best, test))
-        if keep is not None and method == "cart":
-            merge(base=base, models=named, output=keep, method=method, overwrite=True, **best, **options)
+        yield Row(method, best, attempt(method, best, test, keep if method == "cart" else None))
 
 
-@torch.inference_mode()
 def accuracy(model: MultiTaskModel, data: Mapping[str, Batches]) -> Scores:
     """Return each task's accuracy in percent; a task's data is run through its own head only."""
-    scores = {}
-    for task, batches in data.items():
-        right = sum(int((model(tasks=[task], **x)[task].logits.argmax(-1) == y).sum()) for x, y in batches)
-        scores[task] = 100 * right / sum(len(y) for _, y in batches)
-    return scores
+
+    def logits_of(task: str) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
+        return lambda inputs: model(tasks=[task], **inputs)[task].logits
+
+    return {task: _percent_right(logits_of(task), batches) for task, batches in data.items()}
 
 
-@torch.inference_mode()
 def individual_accuracy(folder: str, batches: Batches) -> float:
     """Return the accuracy in percent of one fine-tuned model by itself."""
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    right = sum(int((model(**x).logits.argmax(-1) == y).sum()) for x, y in batches)
-    return 100 * right / sum(len(y) for _, y in batches)
+    return _percent_right(lambda inputs: model(**inputs).logits, batches)
+
+
+@torch.inference_mode()
+def _percent_right(logits: Callable[[Mapping[str, torch.Tensor]], torch.Tensor], batches: Batches) -> float:
+    right = sum(int((logits(inputs).argmax(-1) == labels).sum()) for inputs, labels in batches)
+    return 100 * right / sum(len(labels) for _, labels in batches)
 
 
 def encode(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cart_hf.demo.comparison import Batches, Grid, Row, compare, encode
 from cart_hf.demo.data import TASKS, clinc150
-from cart_hf.demo.table import markdown
+from cart_hf.demo.table import as_json, markdown
 from cart_hf.demo.training import MAX_LENGTH, Training, fine_tune, make_tokenizer, pretrain
 from cart_hf.errors import UserError
 from cart_hf.merging import Progress, cores
@@ -92,8 +92,7 @@ def run_demo(
     rows = list(found)
     clock.lap("merging and measuring")
     shutil.rmtree(work, ignore_errors=True)
-    table = [{"name": r.name, "settings": dict(r.settings), "scores": r.scores, "average": r.average} for r in rows]
-    results = {"seed": seed, "seconds": clock.seconds, "rows": table}
+    results = {"seed": seed, "seconds": clock.seconds, "rows": as_json(rows)}
     (output / "results.md").write_text(markdown(rows), encoding="utf-8")
     (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return DemoResult(rows, clock.seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -22,7 +23,7 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
     individual = next(row for row in rows if row.name == "individual")
     return [
         [
-            NAMES.get(row.name, row.name),
+            name_of(row),
             *(f"{score:.1f}" for score in row.scores.values()),
             f"{row.average:.1f}",
             f"{row.normalised(individual):.1f}",
@@ -37,6 +38,16 @@ def markdown(rows: Sequence[Row]) -> str:
     header = ["", *rows[0].scores, "average", "normalised", "chosen on validation"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in _cells(rows))]) + "\n"
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the table for programs."""
+    return [{"name": r.name, "settings": dict(r.settings), "scores": r.scores, "average": r.average} for r in rows]
+
+
+def name_of(row: Row) -> str:
+    """Return what people call a row's method."""
+    return NAMES.get(row.name, row.name)
 
 
 def terminal(rows: Sequence[Row]) -> Table:
