@@ -48,14 +48,12 @@ def progress_bars() -> Iterator[Bars]:
         yield Bars(progress)
 
 
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> None:
     """Keep transformers from reporting on stderr what we report better."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    yield
 
 
 def size(nbytes: float) -> str:

@@ -52,7 +52,8 @@ def demo(
         "Pretraining a tiny RoBERTa on CLINC150's sentences, fine-tuning it for 8 domains, merging the 8 models with "
         f"{len(GRIDS)} methods: two to three minutes on two cores."
     )
-    with quiet_libraries(), progress_bars() as bars:
+    quiet_libraries()
+    with progress_bars() as bars:
         result = run_demo(output, seed=seed, overwrite=overwrite, progress=bars)
     rows = {row.name: row for row in result.rows}
     out.print()

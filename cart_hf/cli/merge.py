@@ -188,24 +188,24 @@ def _merge(
     from cart_hf.merging import choose_device, default_workers
     from cart_hf.output import check_target
 
-    with quiet_libraries():
-        if dry_run:
-            if target is not None:
-                check_target(resolved_target(target), overwrite=overwrite)
-            plan = plan_merge(recipe)
-            threads = workers or default_workers(plan, choose_device(device))
-            if format == "json":
-                print(json.dumps(preview.as_json(plan, threads), indent=2))  # noqa: T201
-            else:
-                preview.show(plan, threads)
-            for warning in plan.warnings:
-                warn(warning)
-            return
-        assert target is not None
-        with progress_bars() as bars:
-            result = cart_hf.merge(
-                recipe, output=target, device=device, workers=workers, overwrite=overwrite, progress=bars
-            )
+    quiet_libraries()
+    if dry_run:
+        if target is not None:
+            check_target(resolved_target(target), overwrite=overwrite)
+        plan = plan_merge(recipe)
+        threads = workers or default_workers(plan, choose_device(device))
+        if format == "json":
+            print(json.dumps(preview.as_json(plan, threads), indent=2))  # noqa: T201
+        else:
+            preview.show(plan, threads)
+        for warning in plan.warnings:
+            warn(warning)
+        return
+    assert target is not None
+    with progress_bars() as bars:
+        result = cart_hf.merge(
+            recipe, output=target, device=device, workers=workers, overwrite=overwrite, progress=bars
+        )
     for warning in result.plan.warnings:
         warn(warning)
     if format == "json":
@@ -217,11 +217,9 @@ def _merge(
     out.print(
         f"wrote {size(plan.nbytes)} to {result.output} in {sum(result.seconds.values()):.1f} s ({took:.1f} s merging)"
     )
-    loader = "CLIPModel" if plan.output_class == "CLIPModel" else "AutoModel"
-    out.print(f'load it: transformers.{loader}.from_pretrained("{result.output}")')
-    if plan.heads:
-        first = next(iter(plan.heads))
-        kind = next(m for m in plan.models if m.name == first).architecture.class_name
+    out.print(f'load it: transformers.{plan.loader}.from_pretrained("{result.output}")')
+    if plan.first_task:
+        first, kind = plan.first_task
         out.print(f'a task:  transformers.{kind}.from_pretrained("{result.output}", subfolder="tasks/{first}")')
         out.print(f'all:     cart_hf.MultiTaskModel.from_pretrained("{result.output}")')
 

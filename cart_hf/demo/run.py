@@ -15,8 +15,8 @@ from cart_hf.demo.comparison import Batches, Grid, Row, compare, encode
 from cart_hf.demo.data import TASKS, clinc150
 from cart_hf.demo.table import as_json, markdown
 from cart_hf.demo.training import MAX_LENGTH, Training, fine_tune, make_tokenizer, pretrain
-from cart_hf.errors import UserError
 from cart_hf.merging import Progress, cores
+from cart_hf.output.folder import check_replaceable
 
 RESULTS = "results.json"
 VALIDATION_ROWS = 150  # of each task; enough to choose settings, and the demo stays short
@@ -57,13 +57,8 @@ def run_demo(
     :param grids: the methods, and the settings to try for each.
     :raises UserError: when ``output`` exists and is not an earlier demo that may be overwritten.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        if not overwrite:
-            raise UserError(f"{output} exists; name another folder, or --overwrite to run the demo again")
-        if not (output / RESULTS).is_file():
-            raise UserError(
-                f"{output} is not a finished demo (no {RESULTS}): it is not overwritten; remove it yourself"
-            )
+    check_replaceable(output, overwrite=overwrite, what="a finished demo", marker=RESULTS)
+    if (output / RESULTS).is_file():
         shutil.rmtree(output)
     report = progress or (lambda step, advance, total: None)
     base, models = output / "base", {task: output / "models" / task for task in TASKS}

@@ -72,14 +72,27 @@ def read_input(plan: Plan, model: Checkpoint, name: str, span: tuple[int, int], 
     """
     dtype = torch.float64 if plan.recipe.dtype == "float64" else torch.float32
     values = model.read(name, *span).to(device=device, dtype=dtype)
-    # a finite sum proves every entry finite; only otherwise look at each (a sum may overflow)
-    if not torch.isfinite(values.sum()) and not bool(torch.isfinite(values).all()):
+    refuse_broken(values, model, name)
+    return values
+
+
+def refuse_broken(values: torch.Tensor, model: Checkpoint, name: str) -> None:
+    """Refuse values read from a checkpoint that are not finite.
+
+    :raises UserError: naming tensor and model.
+    """
+    if not is_finite(values):
         kind = "NaN" if bool(torch.isnan(values).any()) else "Inf"
         raise UserError(
             f"tensor '{name}' of {model.name} ({model.reference}) holds {kind}: the checkpoint is broken; "
             "save or download it again, or leave the model out"
         )
-    return values
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf."""
+    # a finite sum proves every entry finite; only otherwise look at each (a sum may overflow)
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def cast(plan: Plan, tensor: PlannedTensor, values: torch.Tensor) -> torch.Tensor:
@@ -88,7 +101,7 @@ def cast(plan: Plan, tensor: PlannedTensor, values: torch.Tensor) -> torch.Tenso
     :raises UserError: when a finite result overflows it (float16).
     """
     result = values.to(device="cpu", dtype=DTYPES[tensor.dtype]).contiguous()
-    if not torch.isfinite(result.sum()) and not bool(torch.isfinite(result).all()):
+    if not is_finite(result):
         raise UserError(
             f"tensor '{tensor.name}': the merged values do not fit {tensor.dtype}; "
             "choose another scale, or --out-dtype float32 or bfloat16"

@@ -70,11 +70,9 @@ def _public_recipe(plan: Plan) -> str:
 
 
 def _loading(plan: Plan, title: str) -> str:
-    bare = "CLIPModel" if plan.output_class == "CLIPModel" else "AutoModel"
-    lines = [f"from transformers import {bare}", "", f'model = {bare}.from_pretrained("{title}")']
-    if plan.heads:
-        first = next(iter(plan.heads))
-        kind = next(m for m in plan.models if m.name == first).architecture.class_name
+    lines = [f"from transformers import {plan.loader}", "", f'model = {plan.loader}.from_pretrained("{title}")']
+    if plan.first_task:
+        first, kind = plan.first_task
         lines = [
             f"from transformers import {kind}",
             "",

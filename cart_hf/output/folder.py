@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from cart_hf.errors import UserError
+from cart_hf.merging.pieces import is_finite, refuse_broken
 from cart_hf.output.record import MERGE_FILE
 from cart_hf.plan import Plan, Shard
 from cart_hf.recipe import Reference
@@ -46,16 +47,24 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise UserError(f"{target}: {failure.strerror}; choose another output") from failure
     if not exists:
         return
-    if target.is_dir() and not any(target.iterdir()):
-        if target == Path.cwd():
-            raise UserError(f"{target} is the current folder, which cannot be replaced; name a folder in it")
+    if target == Path.cwd() and not any(target.iterdir()):
+        raise UserError(f"{target} is the current folder, which cannot be replaced; name a folder in it")
+    check_replaceable(target, overwrite=overwrite, what="an output of cart-hf", marker=MERGE_FILE)
+
+
+def check_replaceable(target: Path, *, overwrite: bool, what: str, marker: str) -> None:
+    """Refuse what exists at ``target``, unless it is an empty folder, or ``overwrite`` and what we wrote earlier.
+
+    :param what: what we write there, for messages.
+    :param marker: the file by which it is recognised.
+    :raises UserError: with what to do.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
         raise UserError(f"{target} exists; choose another output, or --overwrite to replace it")
-    if not (target.is_dir() and (target / MERGE_FILE).is_file()):
-        raise UserError(
-            f"{target} is not an output of cart-hf (no {MERGE_FILE}): it is not overwritten; remove it yourself"
-        )
+    if not (target / marker).is_file():
+        raise UserError(f"{target} is not {what} (no {marker}): it is not overwritten; remove it yourself")
 
 
 def check_inputs(target: Path, plan: Plan) -> None:
@@ -200,13 +209,12 @@ def _head_tensor(plan: Plan, model: Checkpoint, name: str) -> torch.Tensor:
     values = model.read(name).view(stored.shape)
     if not DTYPES[stored.dtype].is_floating_point:
         return values
-    who = f"tensor '{name}' of {model.name} ({model.reference})"
-    if not bool(torch.isfinite(values).all()):
-        raise UserError(f"{who} holds NaN or Inf: the checkpoint is broken; save or download it again, or leave it out")
+    refuse_broken(values, model, name)
     result: torch.Tensor = values.to(getattr(torch, plan.output_config["dtype"]))
-    if not bool(torch.isfinite(result).all()):
+    if not is_finite(result):
         raise UserError(
-            f"{who}: its values do not fit {plan.output_config['dtype']}; choose --out-dtype float32 or bfloat16"
+            f"tensor '{name}' of {model.name} ({model.reference}): its values do not fit "
+            f"{plan.output_config['dtype']}; choose --out-dtype float32 or bfloat16"
         )
     return result
 

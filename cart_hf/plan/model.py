@@ -115,6 +115,19 @@ class Plan:
         """The base, if there is one, and the models."""
         return (self.base, *self.models) if self.base is not None else self.models
 
+    @property
+    def loader(self) -> str:
+        """The transformers class that people load the output with."""
+        return "CLIPModel" if self.output_class == "CLIPModel" else "AutoModel"
+
+    @property
+    def first_task(self) -> tuple[str, str] | None:
+        """The name and the class of the first task with a head, to show how tasks are loaded."""
+        for model in self.models:
+            if model.name in self.heads:
+                return model.name, model.architecture.class_name
+        return None
+
     def count(self, role: Role) -> int:
         """Return how many tensors have ``role``."""
         return sum(t.role == role for t in self.tensors)
