@@ -10,12 +10,27 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cart_hf.api import MergeResult, merge
     from cart_hf.errors import UserError
+    from cart_hf.evaluation.api import evaluate
+    from cart_hf.evaluation.results import Results
     from cart_hf.multitask import MultiTaskModel
-    from cart_hf.recipe import Recipe
+    from cart_hf.recipe import Evaluation, Recipe
 
-__all__ = ["MergeResult", "MultiTaskModel", "Recipe", "UserError", "__version__", "merge"]
+__all__ = [
+    "Evaluation",
+    "MergeResult",
+    "MultiTaskModel",
+    "Recipe",
+    "Results",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "merge",
+]
 
 _HOMES = {
+    "Evaluation": "cart_hf.recipe",
+    "Results": "cart_hf.evaluation.results",
+    "evaluate": "cart_hf.evaluation.api",
     "merge": "cart_hf.api",
     "MergeResult": "cart_hf.api",
     "MultiTaskModel": "cart_hf.multitask",

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from cart_hf.errors import UserError, did_you_mean
-
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
+from cart_hf.zero_shot import DEFAULT_TEMPLATES, cached_class_embeddings, class_embeddings, features
 
 
 class _Shared(nn.Module):
@@ -101,29 +100,35 @@ class MultiTaskModel(nn.Module):
         return self._labels[task]
 
     def add_zero_shot(
-        self, task: str, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES, tokenizer: Any = None
+        self,
+        task: str,
+        class_names: Sequence[str],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        tokenizer: Any = None,
+        cache: Path | None = None,
     ) -> None:
         """Add a zero-shot head to a merged CLIP.
 
-        A class's weight is the mean of its normalised prompt embeddings, normalised again (Radford et al., CLIP).
+        See :func:`cart_hf.zero_shot.class_embeddings`.
 
         :param class_names: the classes, in the order of the labels.
         :param templates: prompts with ``{}`` for the class name.
         :param tokenizer: the CLIP tokenizer; default: the one in the folder.
+        :param cache: folder that keeps the heads between runs; default: none.
         :raises UserError: when this is not a CLIP model, or a template has no ``{}``.
         """
         if self.clip is None:
             raise UserError("zero-shot heads need a CLIP model; this model's tasks have heads of their own")
-        wrong = [template for template in templates if "{}" not in template]
-        if wrong or not templates:
-            raise UserError(f"a prompt template needs '{{}}' for the class name: {wrong or 'none given'}")
         if tokenizer is None:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(self._folder)
-        rows = [self._prompt_embedding([t.replace("{}", name) for t in templates], tokenizer) for name in class_names]
+        if cache is None:
+            weight = class_embeddings(self.clip, tokenizer, class_names, templates)
+        else:
+            weight = cached_class_embeddings(self.clip, tokenizer, class_names, templates, cache)
         buffer = f"zero_shot_{len(self._zero_shot)}"
-        self.register_buffer(buffer, torch.stack(rows))
+        self.register_buffer(buffer, weight)
         self._zero_shot[task] = buffer
         self._labels[task] = list(class_names)
 
@@ -156,26 +161,9 @@ class MultiTaskModel(nn.Module):
         from transformers.modeling_outputs import ImageClassifierOutput
 
         assert self.clip is not None
-        features = _features(self.clip.get_image_features(pixel_values=pixel_values))  # type: ignore[operator]
-        images = nn.functional.normalize(features, dim=-1) * self.clip.logit_scale.exp()  # type: ignore[operator,union-attr]
+        images = features(self.clip.get_image_features(pixel_values=pixel_values))  # type: ignore[operator]
+        images = nn.functional.normalize(images, dim=-1) * self.clip.logit_scale.exp()  # type: ignore[operator,union-attr]
         return {name: ImageClassifierOutput(logits=images @ getattr(self, self._zero_shot[name]).T) for name in names}
-
-    @torch.no_grad()
-    def _prompt_embedding(self, prompts: Sequence[str], tokenizer: Any) -> torch.Tensor:
-        assert self.clip is not None
-        device = next(self.clip.parameters()).device
-        tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(device)
-        known = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
-        features = _features(self.clip.get_text_features(**known))  # type: ignore[operator]
-        mean = nn.functional.normalize(features, dim=-1).mean(dim=0)
-        return nn.functional.normalize(mean, dim=-1)
-
-
-def _features(output: Any) -> torch.Tensor:
-    """Return projected features: transformers 5 wraps them in an output object."""
-    features = getattr(output, "pooler_output", output)
-    assert isinstance(features, torch.Tensor)
-    return features
 
 
 def _label_names(model: Any) -> list[str]:

@@ -12,8 +12,10 @@ from cart_hf import __version__
 # The verbs' modules import torch and transformers inside their functions: `--help` must not wait for them.
 from cart_hf.cli.demo import demo
 from cart_hf.cli.env import env
+from cart_hf.cli.evaluate import evaluate
 from cart_hf.cli.merge import merge
 from cart_hf.cli.recipes import recipes
+from cart_hf.cli.tasks import tasks
 from cart_hf.errors import UserError
 
 app = cyclopts.App(
@@ -24,7 +26,7 @@ app = cyclopts.App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for verb in (merge, recipes, demo, env):
+for verb in (merge, evaluate, recipes, tasks, demo, env):
     app.command(verb)
 
 

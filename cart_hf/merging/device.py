@@ -10,14 +10,22 @@ from cart_hf.errors import UserError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device called ``name``; ``auto`` is accelerate's choice (cuda, mps, xpu ... or cpu).
+    """Return the device that a merge runs on.
 
     :raises UserError: when the device does not exist here, or a launcher started several processes.
     """
-    from accelerate import PartialState
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("cart-hf merge runs as one process (it uses every core): start it without a launcher")
+    return named_device(name)
+
+
+def named_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` is accelerate's choice (cuda, mps, xpu ... or cpu).
+
+    :raises UserError: when the device does not exist here.
+    """
+    from accelerate import PartialState
+
     if name == "auto":
         return torch.device(PartialState().device)
     try:

@@ -1,7 +1,8 @@
 """What to do, declared: the recipe schema, read from YAML or from flags."""
 
+from cart_hf.recipe.evaluation import Evaluation
 from cart_hf.recipe.flags import recipe_from_flags, refuse_flags
 from cart_hf.recipe.reference import Reference
 from cart_hf.recipe.schema import ModelEntry, Recipe
 
-__all__ = ["ModelEntry", "Recipe", "Reference", "recipe_from_flags", "refuse_flags"]
+__all__ = ["Evaluation", "ModelEntry", "Recipe", "Reference", "recipe_from_flags", "refuse_flags"]

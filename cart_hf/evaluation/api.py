@@ -1,0 +1,190 @@
+"""`cart_hf.evaluate`: a model and a list of tasks become results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cart_hf.errors import UserError
+from cart_hf.evaluation.individual import score_individuals
+from cart_hf.evaluation.model import Located, base_of, individual_models, locate
+from cart_hf.evaluation.results import Results, TaskResult
+from cart_hf.evaluation.run import Outcome, run_tasks
+from cart_hf.evaluation.submission import GLUE_SUITE, Submission
+from cart_hf.merging import Progress
+from cart_hf.processes import Processes, join
+from cart_hf.recipe import Evaluation
+from cart_hf.tasks import Task, find_tasks, known_among
+
+
+def evaluate(
+    model: str | Path,
+    evaluation: Evaluation | None = None,
+    *,
+    base: str | None = None,
+    normalize: bool = False,
+    device: str = "auto",
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    submission: str | Path | None = None,
+    progress: Progress | None = None,
+    **flags: Any,
+) -> Results:
+    """Measure a model on tasks.
+
+    Under ``torchrun`` or ``accelerate launch`` the examples are shared out, and every process returns all results.
+
+    :param model: a merged folder, a classification checkpoint or a CLIP: a folder, a Hub id or ``id@revision``.
+    :param evaluation: which tasks, on which data, how; or leave it out and give its fields as arguments
+        (``suite="glue"``, ``tasks=["sst2"]``, ``data=DIR``, ``limit=100`` ...).
+    :param base: the pretrained model; a CLIP vision tower borrows its text tower. Default: what the merge was made of.
+    :param normalize: also score the individual models that a merged folder was made from (cached by their weights).
+    :param device: ``auto``, ``cpu``, ``cuda`` ...
+    :param output: file for the results; written after each task.
+    :param resume: take over the finished tasks of ``output``.
+    :param overwrite: replace ``output``.
+    :param submission: zip file for the GLUE leaderboard: predictions instead of scores.
+    :param progress: called with (step, advance, total) in each process.
+    :raises UserError: when nothing can be evaluated. A task that fails is in ``results.errors`` and stops no other.
+    """
+    if evaluation is not None and any(value is not None for value in flags.values()):
+        raise UserError("give an Evaluation or its fields, not both")
+    evaluation = evaluation or Evaluation.from_flags(flags)
+    target = Path(output).expanduser() if output is not None else None
+    earlier = _earlier(target, resume=resume, overwrite=overwrite)
+    sheets = Submission(Path(submission).expanduser(), overwrite=overwrite) if submission is not None else None
+    processes = join(device)
+    located = locate(model, base=base)
+    base = base or base_of(located)
+    tasks = _tasks(evaluation, located, for_submission=sheets is not None)
+    results = Results(
+        str(model),
+        located.commit,
+        evaluation.suite,
+        evaluation.split,
+        {},
+        environment=_environment(processes, evaluation),
+    )
+    done: dict[str, TaskResult] = {}
+    errors: dict[str, str] = {}
+
+    def update(**changes: Any) -> Results:
+        found = replace(results, tasks=_in_order(done, tasks), errors=_in_order(errors, tasks), **changes)
+        if target is not None and processes.is_main:
+            found.save(target)
+        return found
+
+    def report(name: str, outcome: Outcome) -> None:
+        if outcome.error is not None:
+            errors[name] = outcome.error
+        elif outcome.result is not None:
+            done[name] = outcome.result
+        if sheets is not None and outcome.predictions is not None and outcome.data is not None:
+            sheets.add(outcome.data, outcome.predictions)
+        update()
+
+    def known(task: Task, settings: Mapping[str, Any]) -> TaskResult | None:
+        found = earlier.get(task.name) if sheets is None else None
+        return found if found is not None and found.settings == settings else None
+
+    run_tasks(
+        located,
+        tasks,
+        evaluation,
+        base=base,
+        processes=processes,
+        report=report,
+        known=known,
+        labelled=sheets is None,
+        progress=progress,
+    )
+    if sheets is not None and processes.is_main:
+        sheets.write()
+    alone = _individual(located, tasks, done, errors, evaluation, base, processes, progress) if normalize else {}
+    return update(individual=alone)
+
+
+def _individual(
+    located: Located,
+    tasks: Sequence[Task],
+    done: Mapping[str, TaskResult],
+    errors: dict[str, str],
+    evaluation: Evaluation,
+    base: str | None,
+    processes: Processes,
+    progress: Progress | None,
+) -> dict[str, float]:
+    models = individual_models(located)
+    if not models:
+        raise UserError(f"--normalize: {located.reference} is not a merge (no cart_hf.yaml names its models)")
+    scores: dict[str, float] = {}
+
+    def report(name: str, outcome: Outcome) -> None:
+        if outcome.result is not None:
+            scores[name] = outcome.result.score
+        else:
+            errors[name] = f"individual model: {outcome.error}"
+
+    score_individuals(
+        models,
+        [task for task in tasks if task.name in done],
+        evaluation,
+        base=base,
+        processes=processes,
+        report=report,
+        progress=progress,
+    )
+    return scores
+
+
+def _tasks(evaluation: Evaluation, located: Located, *, for_submission: bool) -> list[Task]:
+    """Return the tasks asked for; by default those that the model's heads are called after."""
+    if evaluation.suite or evaluation.tasks:
+        return find_tasks(evaluation.tasks, suite=evaluation.suite, tasks_file=evaluation.tasks_file)
+    if for_submission:
+        return find_tasks(suite=GLUE_SUITE)
+    if evaluation.tasks_file is not None and located.kind != "merged":
+        return find_tasks(tasks_file=evaluation.tasks_file)
+    names = known_among(located.heads, evaluation.tasks_file)
+    if not names:
+        raise UserError("which tasks? give --suite or --tasks (`cart-hf tasks` lists them), or a --tasks-file")
+    return find_tasks(names, tasks_file=evaluation.tasks_file)
+
+
+def _earlier(target: Path | None, *, resume: bool, overwrite: bool) -> dict[str, TaskResult]:
+    if target is None:
+        if resume:
+            raise UserError("--resume goes on with the file of --output: name it")
+        return {}
+    if not target.exists():
+        return {}
+    if resume:
+        return dict(Results.load(target).tasks)
+    if not overwrite:
+        raise UserError(f"{target} exists; --resume goes on with it, --overwrite replaces it")
+    Results.load(target)  # only what we wrote is replaced
+    return {}
+
+
+def _environment(processes: Processes, evaluation: Evaluation) -> dict[str, Any]:
+    import torch
+
+    from cart_hf.output.record import versions
+
+    device = processes.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": name,
+        "processes": processes.count,
+        "dtype": evaluation.dtype,
+        "batch_size": evaluation.batch_size,
+        "limit": evaluation.limit,
+        "versions": versions(),
+    }
+
+
+def _in_order(found: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
+    return {task.name: found[task.name] for task in tasks if task.name in found}

@@ -1,0 +1,220 @@
+"""The loop over tasks: load the data, run the model once over what several tasks share, score."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from cart_hf.errors import UserError
+from cart_hf.evaluation.heads import check_modality, head_of, logit_order
+from cart_hf.evaluation.model import Located, Model, fingerprint, load
+from cart_hf.evaluation.prediction import predict
+from cart_hf.evaluation.results import TaskResult
+from cart_hf.evaluation.scoring import predicted, scored
+from cart_hf.merging import Progress
+from cart_hf.processes import Processes
+from cart_hf.recipe import Evaluation
+from cart_hf.tasks import Task, TaskData, load_split
+
+INTERNAL = "internal error: "
+"""How the message of an error begins that is not the user's."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one task.
+
+    :param result: its result; None when there is none.
+    :param error: why there is none.
+    :param data, predictions: the examples and what was predicted for them, when it was run just now.
+    """
+
+    result: TaskResult | None = None
+    error: str | None = None
+    data: TaskData | None = None
+    predictions: np.ndarray | None = None
+
+
+Report = Callable[[str, Outcome], None]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A task with its data and its head."""
+
+    task: Task
+    head: str
+    data: TaskData
+    settings: Mapping[str, Any]
+
+
+def run_tasks(
+    located: Located,
+    tasks: Sequence[Task],
+    evaluation: Evaluation,
+    *,
+    base: str | None,
+    processes: Processes,
+    report: Report,
+    known: Callable[[Task, Mapping[str, Any]], TaskResult | None] = lambda task, settings: None,
+    labelled: bool = True,
+    progress: Progress | None = None,
+) -> None:
+    """Evaluate a model on tasks; one that fails does not stop the others.
+
+    :param base: lends a CLIP vision tower its text tower.
+    :param report: receives each task's outcome as soon as there is one.
+    :param known: returns the result of an earlier run with these settings, if there is one.
+    :param labelled: whether examples without labels are refused.
+    """
+    heads: dict[str, str] = {}
+    for task in tasks:
+        with _reporting(task, report):
+            heads[task.name] = head_of(task, located, evaluation.heads)
+    model: Model | None = None
+    identity = _identity(located, base, processes) if heads else ""
+    for group in _groups([task for task in tasks if task.name in heads], evaluation):
+        started = time.perf_counter()
+        ready = []
+        for task in group:
+            with _reporting(task, report):
+                data = processes.together(partial(_read, task, evaluation, labelled))[processes.rank]
+                settings = _settings(identity, task, data, evaluation)
+                earlier = known(task, settings)
+                if earlier is not None:
+                    report(task.name, Outcome(earlier))
+                else:
+                    ready.append(_Ready(task, heads[task.name], data, settings))
+        if not ready:
+            continue
+        if model is None:
+            model = load(located, list(dict.fromkeys(heads.values())), base=base, device=processes.device)
+        _run_group(model, ready, evaluation, processes, report, progress, started)
+
+
+def _run_group(
+    model: Model,
+    group: Sequence[_Ready],
+    evaluation: Evaluation,
+    processes: Processes,
+    report: Report,
+    progress: Progress | None,
+    started: float,
+) -> None:
+    """Run tasks that read the same examples: one pass of the backbone, every task's head."""
+    orders: dict[str, list[int] | None] = {}
+    for ready in group:
+        with _reporting(ready.task, report):
+            check_modality(ready.task, model)
+            orders[ready.task.name] = _order(model, ready, evaluation)
+    group = [ready for ready in group if ready.task.name in orders]
+    if not group:
+        return
+    try:
+        found = predict(
+            model,
+            list(dict.fromkeys(ready.head for ready in group)),
+            group[0].data,
+            processes,
+            batch_size=evaluation.batch_size,
+            dtype=evaluation.dtype,
+            progress=progress,
+        )
+    except Exception as failure:
+        for ready in group:
+            report(ready.task.name, _failed(failure))
+        return
+    seconds = (time.perf_counter() - started) / len(group)
+    for ready in group:
+        with _reporting(ready.task, report):
+            predictions = predicted(ready.data, found.logits[ready.head], orders[ready.task.name], found.broken)
+            result = None
+            if ready.data.labels is not None:
+                result = replace(scored(ready.data, predictions, found.broken, seconds), settings=dict(ready.settings))
+            report(ready.task.name, Outcome(result, None, ready.data, predictions))
+
+
+def _order(model: Model, ready: _Ready, evaluation: Evaluation) -> list[int] | None:
+    task = ready.task
+    if model.add_zero_shot is None:
+        mapping = evaluation.label_mapping or task.label_mapping
+        return logit_order(ready.data, model.labels[ready.head], mapping)
+    names = task.classes or ready.data.label_names
+    if not names:
+        raise UserError(f"task '{task.name}': nothing names its classes: add `classes: [...]` to the task")
+    model.add_zero_shot(task.name, names, task.templates)
+    return list(range(len(names)))
+
+
+def _read(task: Task, evaluation: Evaluation, labelled: bool) -> TaskData:
+    return load_split(
+        task,
+        evaluation.split,
+        data=evaluation.data,
+        limit=evaluation.limit,
+        stream=evaluation.stream,
+        labelled=labelled,
+    )
+
+
+def _groups(tasks: Sequence[Task], evaluation: Evaluation) -> list[list[Task]]:
+    """Put tasks together that read the same texts or images in the same way."""
+    groups: dict[Any, list[Task]] = {}
+    for task in tasks:
+        source = task.name if evaluation.data or task.dataset is None else task.dataset.model_dump_json()
+        split = evaluation.split or task.split
+        key = (source, task.splits.get(split, split), task.kind, task.text, task.image, task.max_length)
+        groups.setdefault(key, []).append(task)
+    return list(groups.values())
+
+
+def _identity(located: Located, base: str | None, processes: Processes) -> str:
+    """Return a name for the weights that answer: a vision tower answers with its base's text tower."""
+    name = fingerprint(located) if processes.is_main else ""
+    return processes.gather(f"{name} {base}" if located.kind == "clip_vision" else name)[0]
+
+
+def _settings(identity: str, task: Task, data: TaskData, evaluation: Evaluation) -> dict[str, Any]:
+    """Return what two runs must have in common to have the same result."""
+    declared = hashlib.sha256(task.model_dump_json().encode()).hexdigest()[:16]
+    return {
+        "model": identity,
+        "task": declared,
+        "data": data.fingerprint,
+        "split": data.split,
+        "source": data.source,
+        "limit": evaluation.limit,
+        "dtype": evaluation.dtype,
+        "label_mapping": evaluation.label_mapping or task.label_mapping,
+        "head": evaluation.heads.get(task.name, task.head),
+    }
+
+
+class _reporting:  # noqa: N801 - reads as a statement
+    """Report an error of the task instead of raising it."""
+
+    def __init__(self, task: Task, report: Report) -> None:
+        self._task, self._report = task, report
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, value: BaseException | None, trace: Any) -> bool:
+        if not isinstance(value, Exception):
+            return False
+        self._report(self._task.name, _failed(value))
+        return True
+
+
+def _failed(failure: Exception) -> Outcome:
+    if isinstance(failure, UserError):
+        return Outcome(error="; ".join(failure.problems))
+    logging.getLogger("cart_hf").error("unexpected", exc_info=failure)
+    return Outcome(error=f"{INTERNAL}{type(failure).__name__}: {' '.join(str(failure).split())[:500]}")

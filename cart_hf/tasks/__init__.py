@@ -1,0 +1,20 @@
+"""What a task is: data, columns, labels, prompts and metrics, declared in YAML. Nothing here knows a model."""
+
+from cart_hf.tasks.catalogue import find_tasks, known_among, suites, tasks
+from cart_hf.tasks.data import TaskData, load_split
+from cart_hf.tasks.task import IMAGE, MEAN, REGRESSION, TEXT, DatasetSource, Task
+
+__all__ = [
+    "IMAGE",
+    "MEAN",
+    "REGRESSION",
+    "TEXT",
+    "DatasetSource",
+    "Task",
+    "TaskData",
+    "find_tasks",
+    "known_among",
+    "load_split",
+    "suites",
+    "tasks",
+]

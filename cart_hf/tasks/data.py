@@ -1,0 +1,208 @@
+"""One split of a task, read and checked: what the evaluators and the training scripts take."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cart_hf.errors import UserError, did_you_mean
+from cart_hf.tasks.labels import contradict, positions
+from cart_hf.tasks.source import rows_of
+from cart_hf.tasks.task import IMAGE, REGRESSION, Task
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The examples of one split.
+
+    :param task: whose they are.
+    :param split: the logical name of the split.
+    :param rows: a ``datasets.Dataset``; images stay encoded until :meth:`image` asks for one.
+    :param labels: int64 (classification) or float64 (regression), shape (examples,); None when they are hidden.
+    :param label_names: names in the order of the label ids; empty when nothing names them.
+    :param source: where the rows came from, for people.
+    """
+
+    task: Task
+    split: str
+    rows: Any
+    labels: np.ndarray | None
+    label_names: tuple[str, ...]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def texts(self, indices: Sequence[int]) -> list[list[str]]:
+        """Return the text columns (one or two) of some rows."""
+        part = self.rows[list(indices)]
+        return [part[column] for column in self.task.text]
+
+    def image(self, index: int) -> Any:
+        """Return one image as PIL, in RGB.
+
+        :raises OSError: when it cannot be decoded.
+        """
+        import io
+
+        from PIL import Image
+
+        stored = self.rows[index][self.task.image]
+        encoded = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored.get("path")
+        if encoded is None:
+            raise OSError("no image")
+        with Image.open(encoded) as image:
+            return image.convert("RGB")
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a name for exactly these examples: another file, row or label gives another."""
+        labels = b"" if self.labels is None else self.labels.tobytes()
+        parts = [str(self.rows._fingerprint).encode(), labels, "\n".join(self.label_names).encode()]
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def load_split(
+    task: Task,
+    split: str | None = None,
+    *,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    stream: bool = False,
+    labelled: bool = True,
+) -> TaskData:
+    """Read one split of a task.
+
+    :param split: ``train``, ``validation``, ``test`` or a name of the dataset's own; default: the task's.
+    :param data: folder that holds ``NAME/{split}.parquet`` (or CSV, TSV, JSON lines, or an image folder); default:
+        the dataset that the task declares.
+    :param limit: at most so many examples, spread evenly over the split, which is often ordered by class.
+    :param stream: read the first ``limit`` rows of a Hub dataset over the network instead of all of it.
+    :param labelled: refuse hidden labels.
+    :raises UserError: when the split, a column or a label is missing or wrong.
+    """
+    split = split or task.split
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: must be at least 1, not {limit}")
+    if stream and limit is None:
+        raise UserError("--stream reads the first rows only: say how many with --limit")
+    where = f"task '{task.name}'"
+    rows, source = rows_of(task, split, data=Path(data) if data is not None else None, first=limit if stream else None)
+    if len(rows) == 0:
+        raise UserError(f"{where}: split '{split}' of {source} is empty")
+    if limit is not None and limit < len(rows):
+        rows = rows.select([i * len(rows) // limit for i in range(limit)])
+    rows = _declared_columns(task, rows)
+    for column in task.text or (task.image,):
+        _check_column(column, rows, where, source)
+    if task.kind == IMAGE:
+        rows = _keep_encoded(task, rows, where)
+    else:
+        _check_texts(task, rows, where)
+    labels, names = _labels(task, rows, where, source, needed=labelled)
+    if labels is None and labelled:
+        raise UserError(
+            f"{where}: the labels of split '{split}' are hidden; score another split (--split validation), "
+            "or write the predictions for the leaderboard (--submission FILE.zip)"
+        )
+    return TaskData(task, split, rows, labels, names, source)
+
+
+def _declared_columns(task: Task, rows: Any) -> Any:
+    """Name plain ``image`` and ``label`` columns as the task declares them: a local copy need not keep the Hub's."""
+    plain = {"label": task.label} | ({"image": task.image} if task.kind == IMAGE else {})
+    have = rows.column_names
+    return rows.rename_columns({name: own for name, own in plain.items() if name in have and own not in have})
+
+
+def _check_column(column: str, rows: Any, where: str, source: str) -> None:
+    if column not in rows.column_names:
+        raise UserError(f"{where}: {source} has no column '{column}'{did_you_mean(column, rows.column_names)}")
+
+
+def _check_texts(task: Task, rows: Any, where: str) -> None:
+    for column in task.text:
+        for row, text in enumerate(rows[column]):
+            if not isinstance(text, str):
+                raise UserError(f"{where}: row {row} has no text in column '{column}' (found {text!r})")
+
+
+def _keep_encoded(task: Task, rows: Any, where: str) -> Any:
+    import datasets
+
+    feature = rows.features[task.image]
+    if isinstance(feature, datasets.Image):
+        return rows.cast_column(task.image, datasets.Image(decode=False))
+    if isinstance(feature, dict) and "bytes" in feature:  # Parquet that was written without datasets' features
+        return rows
+    raise UserError(f"{where}: column '{task.image}' does not hold images")
+
+
+def _labels(
+    task: Task, rows: Any, where: str, source: str, *, needed: bool
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Return the labels and their names, in the order that the task declares."""
+    declared = task.labels or task.classes
+    if task.label not in rows.column_names and not needed:
+        return None, declared
+    _check_column(task.label, rows, where, source)
+    values = list(rows[task.label])
+    missing = next((row for row, value in enumerate(values) if value is None or value != value), None)
+    if missing is not None:
+        raise UserError(f"{where}: row {missing} has no label in column '{task.label}'")
+    if task.kind == REGRESSION:
+        return _numbers(values, where, task.label), ()
+    given = _given_names(rows.features[task.label], values)
+    if given and isinstance(values[0], str):
+        values = [given.index(value) for value in values]
+    whole = _numbers(values, where, task.label)
+    ids = whole.astype(np.int64)
+    if not np.array_equal(ids, whole):
+        raise UserError(f"{where}: column '{task.label}' holds fractions; a regression is kind: text-regression")
+    if (ids == -1).all():
+        return None, declared or given
+    order = _declared_order(task, given, declared, where)
+    if order is not None:
+        ids = np.asarray(order)[ids]
+    names = declared or given
+    bad = np.flatnonzero((ids < 0) | (ids >= len(names))) if names else np.flatnonzero(ids < 0)
+    if len(bad):
+        raise UserError(f"{where}: row {bad[0]} has label {ids[bad[0]]}, but there are {len(names)} labels")
+    return ids, names
+
+
+def _given_names(feature: Any, values: list[Any]) -> tuple[str, ...]:
+    """Return the names that the data itself gives its labels, by id."""
+    if getattr(feature, "names", None):
+        return tuple(feature.names)
+    return tuple(sorted(set(values))) if isinstance(values[0], str) else ()
+
+
+def _declared_order(task: Task, given: tuple[str, ...], declared: tuple[str, ...], where: str) -> list[int] | None:
+    """Return for each label id of the data the declared one, None when they are the same.
+
+    Prompts spell class names in their own way, so names need not match; but they must not match crosswise.
+    """
+    if not given or not declared or given == declared:
+        return None
+    for names in filter(None, (task.labels, task.classes)):
+        order = positions(given, names) or positions(names, given, task.aliases)
+        if order is not None:
+            return positions(given, names) or [order.index(i) for i in range(len(order))]
+    if len(given) != len(declared):
+        raise UserError(f"{where}: the data has {len(given)} labels, the task declares {len(declared)}")
+    if contradict(given, declared):
+        raise UserError(f"{where}: the data's labels are {list(given)[:4]} ..., the task's {list(declared)[:4]} ...")
+    return None
+
+
+def _numbers(values: list[Any], where: str, column: str) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as failure:
+        raise UserError(f"{where}: column '{column}' does not hold numbers or names") from failure
