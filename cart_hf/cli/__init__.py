@@ -10,6 +10,8 @@ import cyclopts
 from cart_hf import __version__
 
 # The verbs' modules import torch and transformers inside their functions: `--help` must not wait for them.
+from cart_hf.cli.benchmark import benchmark
+from cart_hf.cli.convert import convert
 from cart_hf.cli.demo import demo
 from cart_hf.cli.env import env
 from cart_hf.cli.evaluate import evaluate
@@ -26,7 +28,7 @@ app = cyclopts.App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for verb in (merge, evaluate, recipes, tasks, demo, env):
+for verb in (merge, evaluate, benchmark, convert, recipes, tasks, demo, env):
     app.command(verb)
 
 
