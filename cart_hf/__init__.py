@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cart_hf.api import MergeResult, merge
+    from cart_hf.benchmarking.run import BenchmarkResult, benchmark
     from cart_hf.errors import UserError
     from cart_hf.evaluation.api import evaluate
     from cart_hf.evaluation.results import Results
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from cart_hf.recipe import Evaluation, Recipe
 
 __all__ = [
+    "BenchmarkResult",
     "Evaluation",
     "MergeResult",
     "MultiTaskModel",
@@ -23,11 +25,14 @@ __all__ = [
     "Results",
     "UserError",
     "__version__",
+    "benchmark",
     "evaluate",
     "merge",
 ]
 
 _HOMES = {
+    "benchmark": "cart_hf.benchmarking.run",
+    "BenchmarkResult": "cart_hf.benchmarking.run",
     "Evaluation": "cart_hf.recipe",
     "Results": "cart_hf.evaluation.results",
     "evaluate": "cart_hf.evaluation.api",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cart_hf.errors import UserError, did_you_mean
+from cart_hf.output.folder import HEAD_FILE
 from cart_hf.zero_shot import DEFAULT_TEMPLATES, cached_class_embeddings, class_embeddings, features
 
 
@@ -69,13 +70,15 @@ class MultiTaskModel(nn.Module):
                 raise UserError(f"{folder} has no task '{name}'{did_you_mean(name, present)}")
         heads: dict[str, nn.Module] = {}
         backbone: nn.Module | None = None
-        for name in tasks or present:
-            config = transformers.AutoConfig.from_pretrained(path, subfolder=f"tasks/{name}")
-            kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-            model = kind.from_pretrained(path, subfolder=f"tasks/{name}", **options)
+        outlines = {name: _outline(path, name) for name in tasks or present}
+        # the fullest one serves all: a token classifier's backbone lacks the pooler that others need
+        fullest = max(outlines, key=lambda name: len(_own_backbone(outlines[name])[0].state_dict()), default=None)
+        for name, outline in outlines.items():
+            model = None if name == fullest else _head_only(outline, path / "tasks" / name / HEAD_FILE, options)
+            if model is None:
+                model = type(outline).from_pretrained(path, subfolder=f"tasks/{name}", **options)
             own, attribute = _own_backbone(model)
-            # the fullest one serves all: a token classifier's backbone lacks the pooler that others need
-            if backbone is None or len(own.state_dict()) > len(backbone.state_dict()):
+            if name == fullest:
                 backbone = own
             setattr(model, attribute, _Shared())
             heads[name] = model
@@ -164,6 +167,35 @@ class MultiTaskModel(nn.Module):
         images = features(self.clip.get_image_features(pixel_values=pixel_values))  # type: ignore[operator]
         images = nn.functional.normalize(images, dim=-1) * self.clip.logit_scale.exp()  # type: ignore[operator,union-attr]
         return {name: ImageClassifierOutput(logits=images @ getattr(self, self._zero_shot[name]).T) for name in names}
+
+
+def _outline(path: Path, task: str) -> Any:
+    """Return a task's model on the meta device: its class and its shapes."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, subfolder=f"tasks/{task}")
+    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    with torch.device("meta"):
+        return kind(config)
+
+
+def _head_only(outline: Any, file: Path, options: Mapping[str, Any]) -> Any:
+    """Fill a model's head from its own file, the backbone left out; None when there is more to it than that."""
+    from safetensors.torch import load_file
+
+    if set(options) - {"dtype"} or not file.is_file():
+        return None
+    tensors = load_file(file)
+    _, attribute = _own_backbone(outline)
+    needed = {name for name in outline.state_dict() if not name.startswith(f"{attribute}.")}
+    buffers = [name for name, _ in outline.named_buffers() if not name.startswith(f"{attribute}.")]
+    if needed != set(tensors) or buffers:
+        return None
+    dtype = options.get("dtype")
+    if isinstance(dtype, torch.dtype):
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    outline.load_state_dict(tensors, strict=False, assign=True)
+    return outline.eval()
 
 
 def _label_names(model: Any) -> list[str]:

@@ -451,16 +451,6 @@ def test_recipes_copy_nowhere(bundled, tmp_path):
     refuse(tmp_path / "out", "recipes", "copy", "first", tmp_path / "no" / "x.yaml", naming=("x.yaml",))
 
 
-def test_bundled_recipes():
-    """Every recipe that cart-hf brings along has a title and loads."""
-    from cart_hf.recipe.bundled import bundled_recipes, title_of
-
-    for name, path in bundled_recipes().items():
-        assert path.read_text(encoding="utf-8").startswith("# "), name
-        assert title_of(path)
-        Recipe.load(path)
-
-
 def test_env():
     """What an issue needs: versions, platform and devices, one item on a line."""
     answer = succeed("env")

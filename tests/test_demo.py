@@ -6,17 +6,18 @@ import json
 
 import pytest
 import torch
+from commands import succeed
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaForMaskedLM
 
-from cart_hf import MultiTaskModel, UserError
+from cart_hf import MultiTaskModel, Recipe, Results, UserError
+from cart_hf.benchmarking.rows import Row
 from cart_hf.cli.demo import reading
-from cart_hf.demo.comparison import Row, accuracy, edges, encode, individual_accuracy
 from cart_hf.demo.data import TASKS, clinc150, intents
 from cart_hf.demo.run import run_demo
-from cart_hf.demo.table import markdown
 from cart_hf.demo.training import Training
+from cart_hf.evaluation.results import TaskResult
 
-GRIDS = {"average": {}, "cart": {"rank_ratio": [0.1], "scale": [1.0, 2.0]}}
+METHODS = ("average", {"method": "cart", "parameters": {"rank_ratio": 0.1}, "grid": {"scale": [1.0, 2.0]}})
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,10 @@ def demo(tmp_path_factory):
         steps[step] = steps.get(step, 0) + advance
 
     training = Training(pretraining_steps=100, head_steps=100, encoder_steps=20)
-    result = run_demo(folder, training=training, grids=GRIDS, progress=count)
-    return folder, result, steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CART_HF_CACHE", str(folder.parent / "cache"))
+        result = run_demo(folder, training=training, methods=METHODS, progress=count)
+    return folder, {row.name: row for row in result.benchmark.rows}, steps
 
 
 def test_packed_sentences_are_clinc150():
@@ -43,28 +46,28 @@ def test_packed_sentences_are_clinc150():
 
 
 def test_everything_is_left_on_disk_and_loads(demo):
-    folder, result, steps = demo
+    folder, rows, steps = demo
     assert steps["pretraining a tiny RoBERTa"] == 100
     assert steps["fine-tuning it for 8 domains"] == 8
+    assert steps["choosing: CART"] == 2
     RobertaForMaskedLM.from_pretrained(folder / "base")
     model = MultiTaskModel.from_pretrained(folder / "merged")
     assert model.tasks == sorted(TASKS)
     assert model.labels("travel") == intents("travel")
-    assert not (folder / "work").exists()
-    saved = json.loads((folder / "results.json").read_text())
-    assert [row["name"] for row in saved["rows"]] == ["pretrained", "individual", "average", "cart"]
-    assert (folder / "results.md").read_text() == markdown(result.rows)
+    saved = json.loads((folder / "benchmark" / "benchmark.json").read_text())
+    assert [row["name"] for row in saved["rows"]] == list(rows)
+    assert list(rows) == ["pretrained", "individual", "weight average", "CART"]
+    assert Recipe.load(folder / "recipe.yaml").benchmark is not None
 
 
 def test_numbers_are_those_of_a_plain_loop(demo):
     """One task, sentence by sentence, with nothing but transformers."""
-    folder, result, _ = demo
-    rows = {row.name: row for row in result.rows}
+    folder, rows, _ = demo
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     test = clinc150()["banking"]["test"]
-    for path, options, expected in (
-        (folder / "models" / "banking", {}, rows["individual"].scores["banking"]),
-        (folder / "merged", {"subfolder": "tasks/banking"}, rows["cart"].scores["banking"]),
+    for path, options, row in (
+        (folder / "models" / "banking", {}, "individual"),
+        (folder / "merged", {"subfolder": "tasks/banking"}, "CART"),
     ):
         model = AutoModelForSequenceClassification.from_pretrained(path, **options).eval()
         right = 0
@@ -73,13 +76,22 @@ def test_numbers_are_those_of_a_plain_loop(demo):
                 right += (
                     int(model(**tokenizer(sentence, truncation=True, return_tensors="pt")).logits.argmax()) == label
                 )
-        assert 100 * right / 450 == pytest.approx(expected)
+        assert rows[row].results.tasks["banking"].score == pytest.approx(right / 450)
 
 
 def test_training_learnt_something(demo):
     """A short training is far above chance (1 in 15)."""
-    _, result, _ = demo
-    assert next(row for row in result.rows if row.name == "individual").average > 20
+    assert demo[1]["individual"].results.average > 0.2
+
+
+def test_what_the_demo_proposes_next(demo, monkeypatch):
+    """The merged folder knows its tasks and data: evaluating it needs no flags."""
+    folder, rows, _ = demo
+    monkeypatch.setenv("CART_HF_CACHE", str(folder.parent / "cache"))
+    answer = succeed("evaluate", folder / "merged", "--normalize", "--format", "json")
+    found = Results.from_dict(json.loads(answer.out))
+    assert found.average == rows["CART"].results.average
+    assert found.normalized == pytest.approx(rows["CART"].results.normalized)
 
 
 def test_an_existing_folder_is_not_overwritten(demo, tmp_path):
@@ -95,30 +107,15 @@ def test_an_existing_folder_is_not_overwritten(demo, tmp_path):
 
 def test_what_is_said_follows_the_numbers():
     def row(name: str, score: float) -> Row:
-        return Row(name, {}, {"a": score, "b": score})
+        result = TaskResult({"accuracy": score}, score, "accuracy", 100, 1.0)
+        method = None if name in ("pretrained", "individual") else name
+        title = {"cart": "CART", "ties": "TIES"}.get(name, name)
+        return Row(title, method, {}, (), Results(name, None, None, None, {"a": result, "b": result}))
 
-    good = [row("pretrained", 50), row("individual", 90), row("average", 70), row("ties", 72), row("cart", 75)]
-    assert "loses 20.0 points, and CART wins 5.0 of them back" in " ".join(reading(good))
-    assert "CART is the best merge here, 3.0 points before TIES" in " ".join(reading(good))
-    bad = [row("pretrained", 50), row("individual", 90), row("average", 70), row("ties", 72), row("cart", 69)]
-    assert "CART loses 1.0 more" in " ".join(reading(bad))
-    assert "The best merge here is TIES, 3.0 points before CART" in " ".join(reading(bad))
-
-
-def test_edges_and_normalised():
-    row = Row("cart", {"scale": 3.0, "rank_ratio": 0.1}, {"a": 45.0, "b": 80.0})
-    assert edges(row, {"scale": [1.0, 2.0, 3.0], "rank_ratio": [0.1]}) == ["scale"]
-    assert row.normalised(Row("individual", {}, {"a": 90.0, "b": 80.0})) == pytest.approx(75.0)
-
-
-def test_batches_hold_every_example_once(demo):
-    folder, _, _ = demo
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    batches = encode(tokenizer, [("a b", "c"), ("d", "e f g h"), ("i", "j")], [7, 8, 9], max_length=24, batch_size=2)
-    assert sorted(label for _, labels in batches for label in labels.tolist()) == [7, 8, 9]
-    model = MultiTaskModel.from_pretrained(folder / "merged", tasks=["meta"])
-    test = clinc150()["meta"]["test"]
-    one = encode(tokenizer, test.sentences, test.labels, max_length=24, batch_size=1000)
-    many = encode(tokenizer, test.sentences, test.labels, max_length=24, batch_size=7)
-    assert accuracy(model, {"meta": one}) == accuracy(model, {"meta": many})
-    assert individual_accuracy(str(folder / "models" / "meta"), one) > 0
+    start = [("pretrained", 0.5), ("individual", 0.9), ("average", 0.7), ("ties", 0.72)]
+    good = " ".join(reading([row(*pair) for pair in [*start, ("cart", 0.75)]]))
+    assert "loses 20.0 points, and CART wins 5.0 of them back" in good
+    assert "CART is the best merge here, 3.0 points before TIES" in good
+    bad = " ".join(reading([row(*pair) for pair in [*start, ("cart", 0.69)]]))
+    assert "CART loses 1.0 more" in bad
+    assert "The best merge here is TIES, 3.0 points before CART" in bad

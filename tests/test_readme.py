@@ -11,7 +11,6 @@ from commands import call, succeed
 
 import cart_hf
 from cart_hf.methods import all_methods
-from cart_hf.recipe.bundled import bundled_recipes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,9 +23,6 @@ def blocks(language: str) -> list[str]:
 def test_recipes_are_recipes():
     for block in blocks("yaml"):
         assert cart_hf.Recipe.from_mapping(yaml.safe_load(block)).models
-    for name, path in bundled_recipes().items():
-        assert cart_hf.Recipe.load(path).models, name
-        assert f"cart-hf recipes copy {name}" in path.read_text(encoding="utf-8")
 
 
 def test_merge_commands_are_understood():

@@ -46,3 +46,25 @@ def intents(domain: str) -> list[str]:
     """Return a domain's intents, in the order of their labels."""
     pairs = zip(list(_table()["domain"]), list(_table()["intent"]), strict=True)
     return sorted({intent for other, intent in pairs if other == domain})
+
+
+def write_data(folder: Path, limits: dict[str, int]) -> None:
+    """Write ``NAME/{split}.parquet`` for every task, as `cart-hf evaluate --data` reads it.
+
+    :param limits: for each split to write the most rows; spread evenly, for the rows are ordered by intent.
+    """
+    import datasets
+
+    for task in TASKS:
+        features = datasets.Features(
+            {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=intents(task))}
+        )
+        for name, most in limits.items():
+            split = clinc150()[task][name]
+            rows = {"sentence": split.sentences, "label": split.labels}
+            dataset = datasets.Dataset.from_dict(rows, features=features)
+            count = min(most, len(dataset))
+            (folder / task).mkdir(parents=True, exist_ok=True)
+            dataset.select([i * len(dataset) // count for i in range(count)]).to_parquet(
+                folder / task / f"{name}.parquet"
+            )

@@ -6,39 +6,44 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cart_hf.demo.comparison import Batches, Grid, Row, compare, encode
-from cart_hf.demo.data import TASKS, clinc150
-from cart_hf.demo.table import as_json, markdown
+import yaml
+
+from cart_hf.api import merge
+from cart_hf.benchmarking.report import write_files
+from cart_hf.benchmarking.run import BenchmarkResult, benchmark
+from cart_hf.demo.data import TASKS, write_data
 from cart_hf.demo.training import MAX_LENGTH, Training, fine_tune, make_tokenizer, pretrain
 from cart_hf.merging import Progress, cores
-from cart_hf.output.folder import check_replaceable
+from cart_hf.output import check_replaceable
+from cart_hf.recipe import Recipe
 
-RESULTS = "results.json"
-VALIDATION_ROWS = 150  # of each task; enough to choose settings, and the demo stays short
-GRIDS: dict[str, Grid] = {
-    "average": {},
-    "task_arithmetic": {"scale": [0.2, 0.3, 0.4]},
-    "ties": {"density": [0.2], "scale": [0.5, 1.0, 1.5]},
-    "consensus": {"mask_threshold": [0.4], "scale": [0.6, 0.8, 1.0]},
-    "dare": {"density": [0.5], "scale": [0.2, 0.3, 0.4]},
-    "cart": {"rank_ratio": [0.08, 0.16, 0.32, 0.64], "scale": [1.0, 2.0, 4.0, 8.0]},
-}
+RECIPE, TIMES = "recipe.yaml", "demo.json"
+VALIDATION_ROWS, TEST_ROWS = 150, 450  # of each task; enough to choose settings, and the demo stays short
+METHODS: tuple[Any, ...] = (
+    "average",
+    {"method": "task_arithmetic", "grid": {"scale": [0.2, 0.3, 0.4]}},
+    {"method": "ties", "parameters": {"density": 0.2}, "grid": {"scale": [0.5, 1.0, 1.5]}},
+    {"method": "consensus", "parameters": {"mask_threshold": 0.4}, "grid": {"scale": [0.6, 0.8, 1.0]}},
+    {"method": "dare", "parameters": {"density": 0.5}, "grid": {"scale": [0.2, 0.3, 0.4]}},
+    {"method": "cart", "grid": {"rank_ratio": [0.08, 0.16, 0.32, 0.64], "scale": [1.0, 2.0, 4.0, 8.0]}},
+)
 
 
 @dataclass(frozen=True)
 class DemoResult:
     """What the demo measured.
 
-    :param rows: the table: pretrained, individual, and every method.
+    :param benchmark: the table: pretrained, individual, and every method.
     :param seconds: wall time of each phase.
     """
 
-    rows: list[Row]
+    benchmark: BenchmarkResult
     seconds: Mapping[str, float]
 
 
@@ -48,17 +53,17 @@ def run_demo(
     seed: int = 0,
     overwrite: bool = False,
     training: Training | None = None,
-    grids: Mapping[str, Grid] = GRIDS,
+    methods: Sequence[Any] = METHODS,
     progress: Progress | None = None,
 ) -> DemoResult:
-    """Run the whole road in ``output``: base/, models/NAME/, merged/ and the results.
+    """Run the whole road in ``output``: base/, models/NAME/, data/NAME/, recipe.yaml, benchmark/ and merged/.
 
     :param training: how long to train; default: what the demo's table shows.
-    :param grids: the methods, and the settings to try for each.
+    :param methods: what is compared, as a recipe's ``benchmark.methods``.
     :raises UserError: when ``output`` exists and is not an earlier demo that may be overwritten.
     """
-    check_replaceable(output, overwrite=overwrite, what="a finished demo", marker=RESULTS)
-    if (output / RESULTS).is_file():
+    check_replaceable(output, overwrite=overwrite, what="a finished demo", marker=TIMES)
+    if (output / TIMES).is_file():
         shutil.rmtree(output)
     report = progress or (lambda step, advance, total: None)
     base, models = output / "base", {task: output / "models" / task for task in TASKS}
@@ -70,27 +75,40 @@ def run_demo(
     clock.lap("pretraining")
     _fine_tune_all(base, models, seed, training, report)
     clock.lap("fine-tuning")
-    folders = {task: str(folder) for task, folder in models.items()}
-    data = {split: _batches(base, split) for split in ("validation", "test")}
-    work, merged = output / "work", output / "merged"
-    found = compare(
-        str(base),
-        folders,
-        data["validation"],
-        data["test"],
-        work,
-        grids=grids,
-        keep=merged,
-        progress=report,
-        device="cpu",
-    )
-    rows = list(found)
+    recipe = _write_recipe(output, base, models, methods)
+    found = benchmark(recipe, output=output / "benchmark", device="cpu", progress=report)
+    write_files(found)
+    cart = next(row for row in found.rows if row.method == "cart")
+    merge(recipe.variant("cart", cart.parameters), output=output / "merged", device="cpu")
     clock.lap("merging and measuring")
-    shutil.rmtree(work, ignore_errors=True)
-    results = {"seed": seed, "seconds": clock.seconds, "rows": as_json(rows)}
-    (output / "results.md").write_text(markdown(rows), encoding="utf-8")
-    (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return DemoResult(rows, clock.seconds)
+    (output / TIMES).write_text(json.dumps({"seed": seed, "seconds": clock.seconds}, indent=2) + "\n", encoding="utf-8")
+    return DemoResult(found, clock.seconds)
+
+
+def _write_recipe(output: Path, base: Path, models: Mapping[str, Path], methods: Sequence[Any]) -> Recipe:
+    """Write what the user would write for models and data of their own: examples, a tasks file and a recipe."""
+    write_data(output / "data", {"validation": VALIDATION_ROWS, "test": TEST_ROWS})
+    task = {"kind": "text-classification", "text": ["sentence"], "max_length": MAX_LENGTH}
+    (output / "tasks.yaml").write_text(
+        yaml.safe_dump({"tasks": {name: dict(task) for name in models}}, sort_keys=False)
+    )
+    recipe = Recipe.from_mapping(
+        {
+            "merge_method": "cart",
+            "base_model": str(base),
+            "models": [{"model": str(folder), "name": name} for name, folder in models.items()],
+            "evaluation": {
+                "tasks": list(models),
+                "tasks_file": str(output / "tasks.yaml"),
+                "data": str(output / "data"),
+                "split": "test",
+                "batch_size": 150,
+            },
+            "benchmark": {"selection": {"split": "validation"}, "methods": list(methods)},
+        }
+    )
+    (output / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    return recipe
 
 
 class _Clock:
@@ -118,19 +136,3 @@ def _fine_tune_all(base: Path, models: Mapping[str, Path], seed: int, training: 
         for job in as_completed(jobs):
             job.result()
             report("fine-tuning it for 8 domains", 1, len(models))
-
-
-def _batches(base: Path, split: str) -> dict[str, Batches]:
-    """Return each task's encoded sentences of one split."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    found = {}
-    for task in TASKS:
-        data = clinc150()[task][split]
-        rows = range(len(data.labels))
-        if split == "validation":  # an even sample: the rows are ordered by intent
-            rows = range(0, len(data.labels), max(1, len(data.labels) // VALIDATION_ROWS))
-        sentences, labels = [data.sentences[i] for i in rows], [data.labels[i] for i in rows]
-        found[task] = encode(tokenizer, sentences, labels, max_length=MAX_LENGTH, batch_size=150)
-    return found

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cart_hf.errors import UserError
+from cart_hf.errors import UserError, did_you_mean
 from cart_hf.evaluation.individual import score_individuals
-from cart_hf.evaluation.model import Located, base_of, individual_models, locate
+from cart_hf.evaluation.model import Located, base_of, declared_evaluation, individual_models, locate
 from cart_hf.evaluation.results import Results, TaskResult
-from cart_hf.evaluation.run import Outcome, run_tasks
+from cart_hf.evaluation.run import Outcome, reader, run_tasks
 from cart_hf.evaluation.submission import GLUE_SUITE, Submission
 from cart_hf.merging import Progress
 from cart_hf.processes import Processes, join
@@ -46,7 +46,7 @@ def evaluate(
     :param output: file for the results; written after each task.
     :param resume: take over the finished tasks of ``output``.
     :param overwrite: replace ``output``.
-    :param submission: zip file for the GLUE leaderboard: predictions instead of scores.
+    :param submission: zip file for the GLUE leaderboard: predictions instead of scores; of the test split by default.
     :param progress: called with (step, advance, total) in each process.
     :raises UserError: when nothing can be evaluated. A task that fails is in ``results.errors`` and stops no other.
     """
@@ -59,7 +59,9 @@ def evaluate(
     processes = join(device)
     located = locate(model, base=base)
     base = base or base_of(located)
+    evaluation = _as_merged(evaluation, located, for_submission=sheets is not None)
     tasks = _tasks(evaluation, located, for_submission=sheets is not None)
+    _check(evaluation, tasks, located, normalize=normalize, for_submission=sheets is not None)
     results = Results(
         str(model),
         located.commit,
@@ -98,7 +100,7 @@ def evaluate(
         processes=processes,
         report=report,
         known=known,
-        labelled=sheets is None,
+        read=reader(evaluation, labelled=sheets is None),
         progress=progress,
     )
     if sheets is not None and processes.is_main:
@@ -117,9 +119,6 @@ def _individual(
     processes: Processes,
     progress: Progress | None,
 ) -> dict[str, float]:
-    models = individual_models(located)
-    if not models:
-        raise UserError(f"--normalize: {located.reference} is not a merge (no cart_hf.yaml names its models)")
     scores: dict[str, float] = {}
 
     def report(name: str, outcome: Outcome) -> None:
@@ -129,7 +128,7 @@ def _individual(
             errors[name] = f"individual model: {outcome.error}"
 
     score_individuals(
-        models,
+        individual_models(located),
         [task for task in tasks if task.name in done],
         evaluation,
         base=base,
@@ -138,6 +137,19 @@ def _individual(
         progress=progress,
     )
     return scores
+
+
+def _as_merged(evaluation: Evaluation, located: Located, *, for_submission: bool) -> Evaluation:
+    """Where no task is named, return what the merge's recipe declares, changed by what is asked for.
+
+    A submission is of the test split, unless another is asked for.
+    """
+    declared = declared_evaluation(located)
+    if declared is not None and not evaluation.suite and not evaluation.tasks:
+        evaluation = declared.model_copy(update={key: getattr(evaluation, key) for key in evaluation.model_fields_set})
+    if for_submission and evaluation.split is None:
+        return evaluation.model_copy(update={"split": "test"})
+    return evaluation
 
 
 def _tasks(evaluation: Evaluation, located: Located, *, for_submission: bool) -> list[Task]:
@@ -152,6 +164,23 @@ def _tasks(evaluation: Evaluation, located: Located, *, for_submission: bool) ->
     if not names:
         raise UserError("which tasks? give --suite or --tasks (`cart-hf tasks` lists them), or a --tasks-file")
     return find_tasks(names, tasks_file=evaluation.tasks_file)
+
+
+def _check(
+    evaluation: Evaluation, tasks: Sequence[Task], located: Located, *, normalize: bool, for_submission: bool
+) -> None:
+    """Refuse what cannot be done before anything is."""
+    names = [task.name for task in tasks]
+    unknown = [name for name in evaluation.heads if name not in names]
+    if unknown:
+        raise UserError(f"--heads {unknown[0]}: no such task here{did_you_mean(unknown[0], names)}")
+    if normalize and not individual_models(located):
+        raise UserError(f"--normalize: {located.reference} is not a merge (no cart_hf.yaml names its models)")
+    if for_submission and evaluation.limit is not None:
+        raise UserError("--submission: the leaderboard wants every example; leave --limit out")
+    others = [task.name for task in tasks if task.submission is None]
+    if for_submission and others:
+        raise UserError(f"--submission: task '{others[0]}' is not on the GLUE leaderboard")
 
 
 def _earlier(target: Path | None, *, resume: bool, overwrite: bool) -> dict[str, TaskResult]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cart_hf.cache import cache_folder, write_through
+from cart_hf.errors import UserError
 from cart_hf.evaluation.model import locate
 from cart_hf.evaluation.results import TaskResult
-from cart_hf.evaluation.run import Outcome, Report, run_tasks
+from cart_hf.evaluation.run import Outcome, Reader, Report, run_tasks
 from cart_hf.merging import Progress
 from cart_hf.processes import Processes
 from cart_hf.recipe import Evaluation
@@ -27,22 +28,19 @@ def score_individuals(
     base: str | None,
     processes: Processes,
     report: Report,
+    read: Reader | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Score each task with the model that was fine-tuned for it.
 
     :param models: references by name; a task's is the one called like its head.
+    :param read: as for :func:`cart_hf.evaluation.run.run_tasks`.
     :param report: receives each task's outcome; a cached one has a result only.
     """
 
-    def known(task: Task, settings: Mapping[str, Any]) -> TaskResult | None:
-        path = _place(settings)
-        found = TaskResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-        return processes.gather(found)[0]  # one process decides: the others may see a file that is being written
-
     def keep(name: str, outcome: Outcome) -> None:
         result = outcome.result
-        if result is not None and processes.is_main and not _place(result.settings).is_file():
+        if result is not None and processes.is_main and _cached(result.settings) is None:
             write_through(_place(result.settings), lambda place: place.write_text(json.dumps(asdict(result))))
         report(name, outcome)
 
@@ -52,16 +50,28 @@ def score_individuals(
             report(task.name, Outcome(error=f"task '{task.name}': no individual model is called like its head"))
             continue
         alone = evaluation.model_copy(update={"heads": {}})
-        run_tasks(
-            locate(reference, base=base),
-            [task],
-            alone,
-            base=base,
-            processes=processes,
-            report=keep,
-            known=known,
-            progress=progress,
-        )
+        try:
+            run_tasks(
+                locate(reference, base=base),
+                [task],
+                alone,
+                base=base,
+                processes=processes,
+                report=keep,
+                known=lambda task, settings: _cached(settings),
+                read=read,
+                progress=progress,
+            )
+        except UserError as failure:  # this model is gone or broken; the others' scores are worth having
+            report(task.name, Outcome(error="; ".join(failure.problems)))
+
+
+def _cached(settings: Mapping[str, Any]) -> TaskResult | None:
+    """Return a stored result; one that cannot be read is measured again."""
+    try:
+        return TaskResult(**json.loads(_place(settings).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _place(settings: Mapping[str, Any]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,12 @@ import torch
 from cart_hf.cache import cache_folder
 from cart_hf.errors import UserError, shorten
 from cart_hf.multitask import MultiTaskModel
-from cart_hf.recipe import Reference
+from cart_hf.recipe import Evaluation, Reference
+from cart_hf.recipe.reference import exists, looks_local
 from cart_hf.sources import Checkpoint, open_checkpoint
 from cart_hf.zero_shot import DEFAULT_TEMPLATES
+
+_FEWEST_WORDS = 10
 
 Kind = Literal["merged", "classifier", "clip", "clip_vision"]
 Logits = Callable[[Sequence[str], Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
@@ -100,38 +102,40 @@ def load(located: Located, heads: Sequence[str], *, base: str | None, device: to
     return _clip(located, base, device)
 
 
-def fingerprint(located: Located) -> str:
-    """Return a name for exactly these weights: the Hub's commit and folder, or a hash of a local folder's files."""
-    if located.commit is not None:
-        return f"{located.reference.path}/{located.reference.subfolder or ''}@{located.commit}"
-    digest = hashlib.sha256()
-    for path in sorted(located.folder.rglob("*")):
-        if path.suffix in (".safetensors", ".bin") or path.name == "config.json":
-            digest.update(str(path.relative_to(located.folder)).encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()[:32]
-
-
 def individual_models(located: Located) -> dict[str, str]:
     """Return the fine-tuned models that a merged folder was made from, as references, by task; none for others."""
-    recipe = _merge_recipe(located.folder)
-    return {entry.name: str(entry.model) for entry in recipe.models} if recipe else {}
+    return {entry["name"]: _reference_text(entry["model"]) for entry in _merge_recipe(located.folder).get("models", ())}
 
 
 def base_of(located: Located) -> str | None:
-    """Return the base that a merged folder was made from."""
-    recipe = _merge_recipe(located.folder)
-    return str(recipe.base_model) if recipe and recipe.base_model else None
+    """Return the base that a merged folder was made from; None when it was a folder that is gone."""
+    written = _merge_recipe(located.folder).get("base_model")
+    base = _reference_text(written) if written is not None else None
+    return None if base is None or (looks_local(base) and not exists(base)) else base
 
 
-def _merge_recipe(folder: Path) -> Any:
+def declared_evaluation(located: Located) -> Evaluation | None:
+    """Return what the recipe of a merged folder says about measuring it."""
+    declared = _merge_recipe(located.folder).get("evaluation")
+    return Evaluation.model_validate(declared) if declared is not None else None
+
+
+def _merge_recipe(folder: Path) -> dict[str, Any]:
+    """Return the recipe beside a merge as it is written: to load it would ask for models that may be gone by now."""
+    import yaml
+
     from cart_hf.output.record import RECIPE_FILE
-    from cart_hf.recipe import Recipe
 
     path = folder / RECIPE_FILE
-    return Recipe.load(path) if path.is_file() else None
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
+def _reference_text(written: str | Mapping[str, str]) -> str:
+    """Return a reference of a recipe, a string or a mapping, as one string."""
+    if isinstance(written, str):
+        return written
+    return str(Reference(written["path"], written.get("revision"), written.get("subfolder")))
 
 
 def _reference(text: str) -> Reference:
@@ -194,12 +198,8 @@ def _classifier(located: Located, base: str | None, device: torch.device) -> Mod
     import transformers
 
     architecture = json.loads((located.folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    model, info = getattr(transformers, architecture).from_pretrained(
-        located.folder, dtype=torch.float32, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        raise UserError(f"model: {located.reference} lacks the tensors {shorten(sorted(info['missing_keys']))}")
-    model = model.to(device).eval()
+    kind = getattr(transformers, architecture)
+    model = _complete("model", located.reference, kind, located.folder).to(device).eval()
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
 
     def logits(heads: Sequence[str], inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -218,21 +218,25 @@ def _clip(located: Located, base: str | None, device: torch.device) -> Model:
         assert base is not None
         whole = open_checkpoint("base", _reference(base))
         whole.fetch()
-        clip = transformers.CLIPModel.from_pretrained(whole.folder, dtype=torch.float32)
-        vision = transformers.CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+        if whole.architecture.class_name != "CLIPModel":
+            raise UserError(
+                f"base: {base} is a {whole.architecture.class_name}; zero-shot heads need a whole CLIPModel"
+            )
+        clip = _complete("base", base, transformers.CLIPModel, whole.folder)
+        vision = _complete("model", located.reference, transformers.CLIPVisionModel, folder)
         try:
             clip.vision_model.load_state_dict(vision.state_dict())
         except RuntimeError as failure:
             raise UserError(f"model: {located.reference} is not a vision tower of the base {base}") from failure
         folder = whole.folder
     else:
-        clip = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32)
+        clip = _complete("model", located.reference, transformers.CLIPModel, folder)
     loaded = MultiTaskModel(None, {}, clip).to(device).eval()
     tokenizer: Any = None
 
     def add(task: str, class_names: Sequence[str], templates: Sequence[str]) -> None:
         nonlocal tokenizer
-        tokenizer = tokenizer or _from_pretrained("AutoTokenizer", folder, base)
+        tokenizer = tokenizer or _tokenizer(folder, clip.config.text_config, base)
         cache = cache_folder("zero_shot")
         loaded.add_zero_shot(task, class_names, templates or DEFAULT_TEMPLATES, tokenizer, cache)
 
@@ -245,19 +249,37 @@ def _clip(located: Located, base: str | None, device: torch.device) -> Model:
     )
 
 
+def _complete(name: str, reference: Reference | str, kind: Any, folder: Path) -> Any:
+    """Load a model in float32, and refuse it when transformers would make up what the file lacks."""
+    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        raise UserError(f"{name}: {reference} lacks the tensors {shorten(sorted(info['missing_keys']))}")
+    return model
+
+
 def _modality(model: Any) -> Literal["text", "image"]:
     return "image" if model.main_input_name == "pixel_values" else "text"
 
 
 def _preprocess(folder: Path, modality: str, config: Any, base: str | None) -> Any:
     """Return the tokenizer or image processor, the model's own or else the base's."""
-    found = _from_pretrained("AutoTokenizer" if modality == "text" else "AutoImageProcessor", folder, base)
-    if modality == "text":
-        # a tokenizer saved without a limit says 10^30; position embeddings know better (RoBERTa's start after padding)
-        room = getattr(config, "max_position_embeddings", None)
-        if room is not None:
-            offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
-            found.model_max_length = min(found.model_max_length, room - offset)
+    return (
+        _tokenizer(folder, config, base) if modality == "text" else _from_pretrained("AutoImageProcessor", folder, base)
+    )
+
+
+def _tokenizer(folder: Path, config: Any, base: str | None) -> Any:
+    """Return the tokenizer, able to cut and pad as the model needs it."""
+    found = _from_pretrained("AutoTokenizer", folder, base)
+    # a tokenizer saved without a limit says 10^30; position embeddings know better (RoBERTa's start after padding)
+    room = getattr(config, "max_position_embeddings", None)
+    if room is not None:
+        offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+        found.model_max_length = min(found.model_max_length, room - offset)
+    if found.pad_token is None:  # GPT-2's: the model finds a text's last token by its own padding token
+        if config.pad_token_id is None:
+            raise UserError("model: neither its tokenizer nor its config.json names a padding token (pad_token_id)")
+        found.pad_token = found.convert_ids_to_tokens(config.pad_token_id)
     return found
 
 
@@ -266,7 +288,11 @@ def _from_pretrained(kind: str, folder: Path, base: str | None) -> Any:
 
     loader = getattr(transformers, kind)
     try:
-        return loader.from_pretrained(folder)
+        found = loader.from_pretrained(folder)
+        # where there are no files, transformers makes up a tokenizer of special tokens, to which all words are unknown
+        if kind == "AutoTokenizer" and len(found) < len(set(found.all_special_ids)) + _FEWEST_WORDS:
+            raise ValueError("no vocabulary")
+        return found
     except (OSError, ValueError, KeyError) as failure:
         if base is not None:
             source = open_checkpoint("base", _reference(base)).folder

@@ -14,13 +14,14 @@ import numpy as np
 
 from cart_hf.errors import UserError
 from cart_hf.evaluation.heads import check_modality, head_of, logit_order
-from cart_hf.evaluation.model import Located, Model, fingerprint, load
+from cart_hf.evaluation.model import Located, Model, load
 from cart_hf.evaluation.prediction import predict
 from cart_hf.evaluation.results import TaskResult
 from cart_hf.evaluation.scoring import predicted, scored
 from cart_hf.merging import Progress
 from cart_hf.processes import Processes
 from cart_hf.recipe import Evaluation
+from cart_hf.sources import fingerprint
 from cart_hf.tasks import Task, TaskData, load_split
 
 INTERNAL = "internal error: "
@@ -43,6 +44,7 @@ class Outcome:
 
 
 Report = Callable[[str, Outcome], None]
+Reader = Callable[[Task], TaskData]
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,17 @@ def run_tasks(
     processes: Processes,
     report: Report,
     known: Callable[[Task, Mapping[str, Any]], TaskResult | None] = lambda task, settings: None,
-    labelled: bool = True,
+    read: Reader | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Evaluate a model on tasks; one that fails does not stop the others.
 
     :param base: lends a CLIP vision tower its text tower.
     :param report: receives each task's outcome as soon as there is one.
-    :param known: returns the result of an earlier run with these settings, if there is one.
-    :param labelled: whether examples without labels are refused.
+    :param known: returns the result of an earlier run with these settings, if there is one; the first process is asked.
+    :param read: returns a task's examples; default: :func:`reader` of ``evaluation``.
     """
+    read = read or reader(evaluation)
     heads: dict[str, str] = {}
     for task in tasks:
         with _reporting(task, report):
@@ -85,9 +88,10 @@ def run_tasks(
         ready = []
         for task in group:
             with _reporting(task, report):
-                data = processes.together(partial(_read, task, evaluation, labelled))[processes.rank]
-                settings = _settings(identity, task, data, evaluation)
-                earlier = known(task, settings)
+                data = _read_everywhere(processes, read, task)
+                # the first process decides for all: caches on other machines may differ from its own
+                settings = processes.gather(_settings(identity, task, data, evaluation))[0]
+                earlier = processes.gather(known(task, settings) if processes.is_main else None)[0]
                 if earlier is not None:
                     report(task.name, Outcome(earlier))
                 else:
@@ -97,6 +101,13 @@ def run_tasks(
         if model is None:
             model = load(located, list(dict.fromkeys(heads.values())), base=base, device=processes.device)
         _run_group(model, ready, evaluation, processes, report, progress, started)
+
+
+def _read_everywhere(processes: Processes, read: Reader, task: Task) -> TaskData:
+    """Return a task's examples in every process, or raise in all of them."""
+    own: list[TaskData] = []
+    processes.together(lambda: own.append(read(task)))
+    return own[0]
 
 
 def _run_group(
@@ -109,10 +120,14 @@ def _run_group(
     started: float,
 ) -> None:
     """Run tasks that read the same examples: one pass of the backbone, every task's head."""
+    from cart_hf.evaluation.metrics import check
+
     orders: dict[str, list[int] | None] = {}
     for ready in group:
         with _reporting(ready.task, report):
             check_modality(ready.task, model)
+            if ready.data.labels is not None:
+                check(ready.task.metrics)
             orders[ready.task.name] = _order(model, ready, evaluation)
     group = [ready for ready in group if ready.task.name in orders]
     if not group:
@@ -153,10 +168,14 @@ def _order(model: Model, ready: _Ready, evaluation: Evaluation) -> list[int] | N
     return list(range(len(names)))
 
 
-def _read(task: Task, evaluation: Evaluation, labelled: bool) -> TaskData:
-    return load_split(
-        task,
-        evaluation.split,
+def reader(evaluation: Evaluation, *, labelled: bool = True) -> Reader:
+    """Return what reads a task's examples.
+
+    :param labelled: whether examples without labels are refused.
+    """
+    return partial(
+        load_split,
+        split=evaluation.split,
         data=evaluation.data,
         limit=evaluation.limit,
         stream=evaluation.stream,
@@ -177,7 +196,7 @@ def _groups(tasks: Sequence[Task], evaluation: Evaluation) -> list[list[Task]]:
 
 def _identity(located: Located, base: str | None, processes: Processes) -> str:
     """Return a name for the weights that answer: a vision tower answers with its base's text tower."""
-    name = fingerprint(located) if processes.is_main else ""
+    name = fingerprint(located.reference, located.commit, located.folder) if processes.is_main else ""
     return processes.gather(f"{name} {base}" if located.kind == "clip_vision" else name)[0]
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 @method(
     "average",
+    title="weight average",
     aliases=("linear",),
     parameters=(
         WEIGHT,

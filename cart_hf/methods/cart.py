@@ -28,6 +28,7 @@ ENERGY = Parameter(
 
 @method(
     "cart",
+    title="CART",
     parameters=(
         RANK_RATIO,
         RANK,

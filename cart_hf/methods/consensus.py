@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 @method(
     "consensus",
+    title="Consensus TA",
     parameters=(
         Parameter("scale", 0.3, "factor of the masked sum of task vectors", aliases=("lambda",)),
         Parameter(

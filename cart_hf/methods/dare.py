@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 @method(
     "dare",
+    title="DARE",
     aliases=("dare_linear",),
     parameters=(
         SCALE,

@@ -41,6 +41,7 @@ class Method:
     :param one_of: names of parameters of which at most one may be given.
     :param survey: name of a statistic over all the tensors of a model which the function needs beforehand.
     :param random: True when the function takes ``generators``, one seeded generator per model.
+    :param title: what people call it, in tables and plots.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Method:
     survey: str | None = None
     random: bool = False
     aliases: tuple[str, ...] = field(default=())
+    title: str = ""
 
     def parameter(self, name: str) -> Parameter | None:
         """Return the parameter called ``name`` (or having that alias), or None."""
@@ -81,6 +83,7 @@ def method(
     survey: str | None = None,
     random: bool = False,
     aliases: tuple[str, ...] = (),
+    title: str = "",
 ) -> Callable[[F], F]:
     """Register the decorated function as the merge method ``name``.
 
@@ -105,6 +108,7 @@ def method(
             survey=survey,
             random=random,
             aliases=aliases,
+            title=title or name,
         )
         return function
 

@@ -23,6 +23,7 @@ NORMALIZE = Parameter("normalize", False, "divide the weights by their sum", kin
 
 @method(
     "task_arithmetic",
+    title="task arithmetic",
     parameters=(SCALE, WEIGHT, NORMALIZE),
     summary="the base plus the scaled sum of the task vectors",
     equation="merged = base + scale * sum_t w_t (W_t - base)",

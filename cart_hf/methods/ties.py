@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 @method(
     "ties",
+    title="TIES",
     parameters=(
         Parameter("scale", 1.0, "factor of the merged task vector (lambda)", aliases=("lambda",)),
         Parameter(

@@ -23,6 +23,7 @@ from cart_hf.recipe import Reference
 from cart_hf.sources import DTYPES, Checkpoint
 
 INDEX_FILE = "model.safetensors.index.json"
+HEAD_FILE = "head.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model",
@@ -194,8 +195,8 @@ def _write_task(folder: Path, plan: Plan, model: Checkpoint, shards: Sequence[Sh
             weight_map |= {tensor.key: linked for tensor in shard.tensors}
             total += sum(tensor.nbytes for tensor in shard.tensors)
     head = {tensor.key: _head_tensor(plan, model, tensor.name) for tensor in plan.heads[model.name]}
-    save_file(head, task / "head.safetensors", metadata={"format": "pt"})
-    weight_map |= dict.fromkeys(head, "head.safetensors")
+    save_file(head, task / HEAD_FILE, metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(head, HEAD_FILE)
     _write_index(task, weight_map, total + sum(t.numel() * t.element_size() for t in head.values()))
     config = {k: v for k, v in model.config.items() if k not in ("_name_or_path", "torch_dtype", "dtype")}
     config |= {"architectures": [model.architecture.class_name], "dtype": plan.output_config["dtype"]}

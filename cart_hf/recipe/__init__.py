@@ -1,8 +1,19 @@
 """What to do, declared: the recipe schema, read from YAML or from flags."""
 
+from cart_hf.recipe.benchmark import Benchmark, Selection, Trial
 from cart_hf.recipe.evaluation import Evaluation
 from cart_hf.recipe.flags import recipe_from_flags, refuse_flags
 from cart_hf.recipe.reference import Reference
 from cart_hf.recipe.schema import ModelEntry, Recipe
 
-__all__ = ["Evaluation", "ModelEntry", "Recipe", "Reference", "recipe_from_flags", "refuse_flags"]
+__all__ = [
+    "Benchmark",
+    "Evaluation",
+    "ModelEntry",
+    "Recipe",
+    "Reference",
+    "Selection",
+    "Trial",
+    "recipe_from_flags",
+    "refuse_flags",
+]

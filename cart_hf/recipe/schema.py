@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +10,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cart_hf.errors import UserError
-from cart_hf.methods import Method
+from cart_hf.methods import Method, get_method
 from cart_hf.recipe import validation
+from cart_hf.recipe.benchmark import Benchmark, Selection, Trial
+from cart_hf.recipe.evaluation import Evaluation
 from cart_hf.recipe.reference import Reference, is_task_name, split_name
 from cart_hf.recipe.settings import pattern_problem
 
@@ -69,6 +71,8 @@ class Recipe(BaseModel):
     :param include, exclude: patterns adjusting which tensors the method is applied to.
     :param seed: seed of the methods that draw random numbers.
     :param max_shard_size: largest weight file, such as ``5GB``.
+    :param evaluation: what the merged model is measured on.
+    :param benchmark: which methods `cart-hf benchmark` compares.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -84,6 +88,8 @@ class Recipe(BaseModel):
     exclude: tuple[str, ...] = ()
     seed: int = 0
     max_shard_size: str = "5GB"
+    evaluation: Evaluation | None = None
+    benchmark: Benchmark | None = None
 
     @field_validator("base_model", mode="before")
     @classmethod
@@ -154,13 +160,14 @@ class Recipe(BaseModel):
         try:
             recipe = cls.model_validate(cleaned)
         except ValidationError as failure:
-            fields = cls.model_fields, ModelEntry.model_fields
-            problems.extend(validation.explain(error, *fields) for error in failure.errors())  # type: ignore[arg-type]
+            problems.extend(validation.explain(error, _keys_at) for error in failure.errors())  # type: ignore[arg-type]
         method = validation.method_of(cleaned, problems)
         if method is not None:
             validation.check_parameters(cleaned, method, problems)
             if recipe is not None:
                 recipe = recipe._settled(method, problems)
+        if recipe is not None and not problems:
+            recipe._check_benchmark(problems)
         if problems or recipe is None:
             raise UserError(problems)
         return recipe
@@ -194,6 +201,36 @@ class Recipe(BaseModel):
             }
         )
 
+    def variant(self, method: str, parameters: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with another method; of the models' own parameters only what it knows stays.
+
+        :raises UserError: when the method or a parameter does not exist.
+        """
+        known = get_method(method)
+        per_model = [
+            parameter.name
+            for parameter in known.parameters
+            if parameter.per_model and (known.name == self.merge_method or parameter.name == "weight")
+        ]
+        models = [
+            entry.model_copy(update={"parameters": {k: v for k, v in entry.parameters.items() if k in per_model}})
+            for entry in self.models
+        ]
+        shared = {name: getattr(self, name) for name in Recipe.model_fields if name not in _OF_THE_METHOD}
+        return Recipe.from_mapping(
+            {**shared, "merge_method": method, "models": models, "parameters": dict(parameters), "benchmark": None}
+        )
+
+    def _check_benchmark(self, problems: list[str]) -> None:
+        for trial in self.benchmark.methods if self.benchmark is not None else ():
+            found: dict[str, None] = {}
+            for point in trial.points:
+                try:
+                    self.variant(trial.method, point)
+                except UserError as failure:
+                    found |= dict.fromkeys(failure.problems)
+            problems.extend(f"benchmark, row '{trial.name}': {problem}" for problem in found)
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML that :meth:`load` reads back to the same recipe."""
         data: dict[str, Any] = {"merge_method": self.merge_method}
@@ -218,7 +255,27 @@ class Recipe(BaseModel):
             value = getattr(self, key)
             if key == "dtype" or (value not in (None, (), {}) and value != defaults[key].default):
                 data[key] = list(value) if isinstance(value, tuple) else value
+        for key in ("evaluation", "benchmark"):
+            part = getattr(self, key)
+            if part is not None:
+                data[key] = part.model_dump(mode="json", exclude_defaults=True)
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+
+
+def _keys_at(place: tuple[int | str, ...]) -> Iterable[str]:
+    """Return the keys that may stand where an unknown one was found."""
+    if len(place) == 1:
+        return Recipe.model_fields
+    inner: dict[tuple[str, ...], type[BaseModel]] = {
+        ("evaluation",): Evaluation,
+        ("benchmark",): Benchmark,
+        ("benchmark", "methods"): Trial,
+    }
+    parts = tuple(part for part in place[:-1] if isinstance(part, str))
+    return (ModelEntry if parts == ("models",) else inner.get(parts, Selection)).model_fields
+
+
+_OF_THE_METHOD = ("merge_method", "models", "parameters", "benchmark")
 
 
 def _one_line(failure: Exception) -> str:

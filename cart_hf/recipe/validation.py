@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cart_hf.errors import UserError, did_you_mean
@@ -28,15 +28,14 @@ def unsupported(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def explain(error: Mapping[str, Any], keys: Iterable[str], model_keys: Iterable[str]) -> str:
+def explain(error: Mapping[str, Any], keys_at: Callable[[tuple[int | str, ...]], Iterable[str]]) -> str:
     """Return one line for one of pydantic's errors: where, what, and a suggestion.
 
-    :param keys: the keys a recipe may have; ``model_keys`` those of a model.
+    :param keys_at: returns the keys that may stand at a place.
     """
     place = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in error["loc"]).replace(".[", "[")
     if error["type"] == "extra_forbidden":
-        known = keys if len(error["loc"]) == 1 else model_keys
-        return f"{place}: unknown key{did_you_mean(str(error['loc'][-1]), known)}"
+        return f"{place}: unknown key{did_you_mean(str(error['loc'][-1]), keys_at(error['loc']))}"
     if error["type"] in ("tuple_type", "list_type"):
         return f"{place}: must be a list"
     if error["type"] == "missing":

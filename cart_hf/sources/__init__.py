@@ -3,6 +3,7 @@
 from cart_hf.sources.architecture import Architecture, Block, describe, renamed
 from cart_hf.sources.checkpoint import Checkpoint, open_checkpoint
 from cart_hf.sources.dtypes import DTYPES, dtype_name, element_size
+from cart_hf.sources.fingerprint import fingerprint
 from cart_hf.sources.weights import StoredTensor, WeightFile
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "describe",
     "dtype_name",
     "element_size",
+    "fingerprint",
     "open_checkpoint",
     "renamed",
 ]

@@ -1,0 +1,6 @@
+"""A benchmark's figures, drawn with matplotlib (the extra `plot`)."""
+
+from cart_hf.benchmarking.figures.bars import bars
+from cart_hf.benchmarking.figures.radar import radar
+
+__all__ = ["bars", "radar"]

@@ -1,0 +1,57 @@
+"""The rows of a benchmark's table, and which there are for a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cart_hf.evaluation.results import Results
+from cart_hf.methods import all_methods, get_method
+from cart_hf.recipe import Recipe, Trial
+
+PRETRAINED, INDIVIDUAL = "pretrained", "individual"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    :param name: what people call it.
+    :param method: the merge method; None for the pretrained and the individual models.
+    :param parameters: the settings that were scored.
+    :param on_edge: those that lie on the edge of their grid: a wider one may do better.
+    :param results: every task's result.
+    :param points: what was tried, with each one's average on the selection split.
+    """
+
+    name: str
+    method: str | None
+    parameters: Mapping[str, Any]
+    on_edge: Sequence[str]
+    results: Results
+    points: Sequence[Mapping[str, Any]] = ()
+
+
+def trials_of(recipe: Recipe) -> list[Trial]:
+    """Return the methods that the recipe lists; without a list its own, and every other with its defaults."""
+    if recipe.benchmark is not None:
+        return list(recipe.benchmark.methods)
+    own = Trial(method=recipe.merge_method, name=recipe.merge_method, parameters=recipe.parameters)
+    others = [
+        Trial(method=name, name=name)
+        for name, method in all_methods().items()
+        if name != own.method and (recipe.base_model is not None or not method.needs_base)
+    ]
+    return [*others, own]
+
+
+def display_name(trial: Trial) -> str:
+    """Return what people call a row: its own name, or else its method's."""
+    method = get_method(trial.method)
+    return method.title if trial.name in (trial.method, method.name) else trial.name
+
+
+def settings_text(parameters: Mapping[str, Any]) -> str:
+    """Return settings for people: ``rank_ratio 0.08, scale 1.5``."""
+    return ", ".join(f"{name} {value}" for name, value in parameters.items())

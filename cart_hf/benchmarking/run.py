@@ -1,0 +1,295 @@
+"""`cart_hf.benchmark`: the paper's table on your models."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from cart_hf import __version__
+from cart_hf.api import merge, plan_merge, resolved_target
+from cart_hf.benchmarking.ledger import LEDGER_FILE, Ledger
+from cart_hf.benchmarking.rows import INDIVIDUAL, PRETRAINED, Row, display_name, trials_of
+from cart_hf.errors import UserError
+from cart_hf.evaluation.individual import score_individuals
+from cart_hf.evaluation.model import locate
+from cart_hf.evaluation.results import Results, TaskResult
+from cart_hf.evaluation.run import Outcome, Reader, reader, run_tasks
+from cart_hf.merging import Progress
+from cart_hf.output import check_replaceable
+from cart_hf.output.record import versions
+from cart_hf.processes import Processes, join
+from cart_hf.recipe import Evaluation, Recipe, Selection, Trial
+from cart_hf.sources import fingerprint
+from cart_hf.tasks import Task, TaskData, find_tasks, known_among
+
+RECIPE_FILE = "recipe.yaml"
+MODELS_FOLDER = "models"
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What a benchmark measured.
+
+    :param output: its folder.
+    :param rows: pretrained, individual, and every method.
+    :param evaluation: what the rows were scored on.
+    :param selection: what their settings were chosen on; None when nothing was chosen.
+    """
+
+    output: Path
+    rows: list[Row]
+    evaluation: Evaluation
+    selection: Selection | None
+
+
+def benchmark(
+    recipe: Recipe,
+    *,
+    output: str | Path,
+    device: str = "auto",
+    workers: int | None = None,
+    keep_models: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> BenchmarkResult:
+    """Measure the pretrained model, the individual ones, and every method that the recipe lists, on every task.
+
+    Where a method has a grid, its settings are chosen by the average score on the selection split, and scored on the
+    evaluation's. Nothing but the numbers stays on disk, unless the models are kept.
+
+    :param output: folder for the results; goes on with an earlier run's when ``resume``.
+    :param device, workers: as for :func:`cart_hf.merge`.
+    :param keep_models: keep each method's merged model in ``output/models``.
+    :raises UserError: when the recipe, a model or the data is wrong; all of them are looked at before any merge.
+    """
+    target = resolved_target(output)
+    if not resume:
+        check_replaceable(target, overwrite=overwrite, what="a benchmark of cart-hf", marker=LEDGER_FILE)
+    run = _Run(recipe, target, join(device), device, workers, keep_models, progress)
+    run.check()
+    if target.exists() and not resume:
+        shutil.rmtree(target)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    except OSError as failure:
+        raise UserError(f"cannot write {target}: {failure.strerror or failure}") from failure
+    return run.table()
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The examples of every task in one split, read once for all the models."""
+
+    evaluation: Evaluation
+    read: Reader
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A benchmark under way: what all its steps need."""
+
+    recipe: Recipe
+    target: Path
+    processes: Processes
+    device: str
+    workers: int | None
+    keep_models: bool
+    progress: Progress | None
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        declared = self.recipe.evaluation or Evaluation()
+        if declared.suite or declared.tasks:
+            return declared
+        names = known_among([entry.name for entry in self.recipe.models], declared.tasks_file)
+        if not names:
+            raise UserError("evaluation: name a suite or tasks (none of the models is called like a task)")
+        return declared.model_copy(update={"tasks": tuple(names)})
+
+    @cached_property
+    def selection(self) -> Selection | None:
+        if all(len(trial.points) == 1 for trial in self.trials):
+            return None
+        return self.recipe.benchmark.selection if self.recipe.benchmark is not None else Selection()
+
+    @cached_property
+    def scored(self) -> _Sample:
+        """What the rows are scored on."""
+        return _Sample(self.evaluation, _remembering(reader(self.evaluation)))
+
+    @cached_property
+    def chosen(self) -> _Sample | None:
+        """What settings are chosen on."""
+        if self.selection is None:
+            return None
+        limit = self.selection.limit or self.evaluation.limit
+        evaluation = self.evaluation.model_copy(update={"split": self.selection.split, "limit": limit})
+        return _Sample(evaluation, _remembering(reader(evaluation)))
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        return trials_of(self.recipe)
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        wanted = self.evaluation
+        return find_tasks(wanted.tasks, suite=wanted.suite, tasks_file=wanted.tasks_file)
+
+    @property
+    def samples(self) -> list[_Sample]:
+        return [sample for sample in (self.scored, self.chosen) if sample is not None]
+
+    @property
+    def base(self) -> str | None:
+        return str(self.recipe.base_model) if self.recipe.base_model is not None else None
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        plan = plan_merge(self.recipe)
+        for checkpoint in plan.checkpoints:
+            checkpoint.fetch()
+        weights = {c.name: fingerprint(c.reference, c.commit, c.folder) for c in plan.checkpoints}
+        data = [[task.name, sample.read(task).fingerprint] for sample in self.samples for task in self.tasks]
+        declared = [task.model_dump(mode="json") for task in self.tasks]
+        return Ledger(self.target, {"cart_hf": __version__, "weights": weights, "data": data, "tasks": declared})
+
+    def check(self) -> None:
+        """Look at everything that can be wrong before the first merge."""
+        problems: list[str] = []
+        for sample in self.samples:
+            for task in self.tasks:
+                problems.extend(_problems(partial(sample.read, task)))
+        for trial in self.trials:
+            problems.extend(_problems(partial(plan_merge, self._variant(trial, 0))))
+        if problems:
+            raise UserError(list(dict.fromkeys(problems)))
+
+    def table(self) -> BenchmarkResult:
+        """Fill the table, row by row."""
+        alone = self._individual()
+        rows = [Row(INDIVIDUAL, None, {}, (), alone)]
+        if self.recipe.base_model is not None:
+            # the base's backbone under each task's head: a task vector of length zero
+            variant = self.recipe.variant("task_arithmetic", {"scale": 0.0})
+            rows.insert(0, Row(PRETRAINED, None, {}, (), self._measured(PRETRAINED, variant, self.scored)))
+        rows.extend(self._row(trial) for trial in self.trials)
+        scores = {name: result.score for name, result in alone.tasks.items()}
+        rows = [replace(row, results=replace(row.results, individual=scores)) for row in rows]
+        return BenchmarkResult(self.target, rows, self.evaluation, self.selection)
+
+    def _row(self, trial: Trial) -> Row:
+        name, points = display_name(trial), trial.points
+        best, tried = 0, self._tried(name, trial) if len(points) > 1 else []
+        if tried:
+            best = max(range(len(points)), key=lambda position: tried[position]["average"] or 0.0)
+        keep = self.target / MODELS_FOLDER / trial.name if self.keep_models else None
+        results = self._measured(name, self._variant(trial, best), self.scored, keep)
+        edges = trial.on_edge(points[best]) if tried else []
+        return Row(name, trial.method, points[best], edges, results, tried)
+
+    def _tried(self, name: str, trial: Trial) -> list[dict[str, Any]]:
+        """Measure every point of a grid on the selection split."""
+        assert self.chosen is not None
+        tried = []
+        for position, parameters in enumerate(trial.points):
+            found = self._measured(name, self._variant(trial, position), self.chosen)
+            tried.append({"parameters": parameters, "average": found.average})
+            self._tell(f"choosing: {name}", len(trial.points))
+        return tried
+
+    def _variant(self, trial: Trial, position: int) -> Recipe:
+        return self.recipe.variant(trial.method, trial.points[position])
+
+    def _measured(self, name: str, variant: Recipe, sample: _Sample, keep: Path | None = None) -> Results:
+        """Merge and measure, unless it has been done."""
+        evaluation = sample.evaluation
+        point = {"recipe": variant.to_yaml(), "split": evaluation.split, "limit": evaluation.limit}
+        known = self.ledger.get(**point)
+        if known is not None and (keep is None or keep.is_dir()):
+            return known
+        folder = keep or self.target / "attempt"
+        merge(variant, output=folder, device=self.device, workers=self.workers, overwrite=True)
+        done: dict[str, TaskResult] = {}
+        errors: dict[str, str] = {}
+        run_tasks(
+            locate(folder),
+            self.tasks,
+            evaluation,
+            base=self.base,
+            processes=self.processes,
+            report=_into(done, errors),
+            read=sample.read,
+            progress=self.progress,
+        )
+        if keep is None:
+            shutil.rmtree(folder)
+        results = self._results(name, evaluation, done, errors)
+        if not errors:
+            self.ledger.put(results, **point)
+        return results
+
+    def _individual(self) -> Results:
+        done: dict[str, TaskResult] = {}
+        errors: dict[str, str] = {}
+        score_individuals(
+            {entry.name: str(entry.model) for entry in self.recipe.models},
+            self.tasks,
+            self.evaluation,
+            base=self.base,
+            processes=self.processes,
+            report=_into(done, errors),
+            read=self.scored.read,
+            progress=self.progress,
+        )
+        return self._results(INDIVIDUAL, self.evaluation, done, errors)
+
+    def _results(
+        self, name: str, evaluation: Evaluation, done: Mapping[str, TaskResult], errors: Mapping[str, str]
+    ) -> Results:
+        environment = {
+            "device": str(self.processes.device),
+            "dtype": evaluation.dtype,
+            "limit": evaluation.limit,
+            "versions": versions(),
+        }
+        in_order = {task.name: done[task.name] for task in self.tasks if task.name in done}
+        return Results(name, None, evaluation.suite, evaluation.split, in_order, errors, environment=environment)
+
+    def _tell(self, step: str, total: int) -> None:
+        if self.progress is not None:
+            self.progress(step, 1, total)
+
+
+def _into(done: dict[str, TaskResult], errors: dict[str, str]) -> Any:
+    def report(name: str, outcome: Outcome) -> None:
+        if outcome.result is not None:
+            done[name] = outcome.result
+        else:
+            errors[name] = str(outcome.error)
+
+    return report
+
+
+def _remembering(read: Reader) -> Reader:
+    found: dict[str, TaskData] = {}
+
+    def remembered(task: Task) -> TaskData:
+        if task.name not in found:
+            found[task.name] = read(task)
+        return found[task.name]
+
+    return remembered
+
+
+def _problems(step: Callable[[], object]) -> list[str]:
+    try:
+        step()
+    except UserError as failure:
+        return failure.problems
+    return []

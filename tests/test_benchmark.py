@@ -1,0 +1,255 @@
+"""`cart-hf benchmark` on small checkpoints: every number again by hand, nothing measured twice, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from checkpoints import make_family
+from commands import call, refuse, succeed
+from datasets import ClassLabel, Dataset, Features, Value
+from safetensors.torch import load_file, save_file
+from small_tasks import save_tokenizer
+
+import cart_hf
+from cart_hf.benchmarking import run as benchmarking
+from cart_hf.benchmarking.rows import trials_of
+from cart_hf.methods import all_methods
+from cart_hf.recipe import Trial
+
+TASKS = ("red", "green", "blue")
+WORDS = ("one", "two", "three", "four", "five", "six", "seven")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base, a model for each task, examples whose labels the models half agree with, and a recipe."""
+    folder = tmp_path_factory.mktemp("world")
+    base, models = make_family(folder, "roberta")
+    family = {"base": base, **dict(zip(TASKS, models, strict=True))}
+    save_tokenizer("roberta", base, *models)
+    for number, task in enumerate(TASKS):
+        names = [f"label {i}" for i in range(number + 2)]
+        features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})
+        for split, count in (("validation", 12), ("test", 25)):
+            texts = [" ".join(WORDS[(i * j + number) % 7] for j in range(1, 2 + i % 5)) for i in range(count)]
+            rows = {"sentence": texts, "label": [(i * 7 + number) % (number + 2) for i in range(count)]}
+            (folder / "data" / task).mkdir(parents=True, exist_ok=True)
+            Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / task / f"{split}.parquet")
+    task = {"kind": "text-classification", "text": ["sentence"], "label_mapping": "index"}
+    (folder / "tasks.yaml").write_text(yaml.safe_dump({"tasks": {name: dict(task) for name in TASKS}}))
+    return folder, family
+
+
+pytestmark = pytest.mark.usefixtures("own_caches")
+
+
+@pytest.fixture
+def recipe(world):
+    folder, family = world
+    return {
+        "merge_method": "cart",
+        "base_model": str(family["base"]),
+        "models": [{"model": str(family[name]), "name": name} for name in TASKS],
+        "parameters": {"rank": 2},
+        "evaluation": {
+            "tasks": list(TASKS),
+            "tasks_file": str(folder / "tasks.yaml"),
+            "data": str(folder / "data"),
+            "split": "test",
+        },
+        "benchmark": {
+            "methods": [
+                "average",
+                {"method": "task_arithmetic", "grid": {"scale": [0.1, 1.0, 30.0]}},
+                {"method": "cart", "name": "CART, rank 2", "parameters": {"rank": 2}, "grid": {"scale": [1.0, 3.0]}},
+            ]
+        },
+    }
+
+
+def write(tmp_path, recipe):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_every_number_by_hand(recipe, tmp_path, world):
+    """Merging and evaluating point by point with the two verbs gives the table of the one."""
+    result = cart_hf.benchmark(cart_hf.Recipe.from_mapping(recipe), output=tmp_path / "out")
+    rows = {row.name: row for row in result.rows}
+    assert list(rows) == ["pretrained", "individual", "weight average", "task arithmetic", "CART, rank 2"]
+    settings = {name: recipe["evaluation"][name] for name in ("tasks", "tasks_file", "data")}
+
+    def scored(name, method, split, **parameters):
+        models = [f"{entry['name']}={entry['model']}" for entry in recipe["models"]]
+        place = tmp_path / name
+        cart_hf.merge(base=recipe["base_model"], models=models, method=method, output=place, **parameters)
+        return cart_hf.evaluate(place, split=split, **settings)
+
+    points = [
+        scored(f"ta{i}", "task_arithmetic", "validation", scale=scale) for i, scale in enumerate((0.1, 1.0, 30.0))
+    ]
+    assert [point["average"] for point in rows["task arithmetic"].points] == [found.average for found in points]
+    best = max(range(3), key=lambda i: points[i].average)
+    assert rows["task arithmetic"].parameters == {"scale": (0.1, 1.0, 30.0)[best]}
+    assert rows["task arithmetic"].on_edge == ([] if best == 1 else ["scale"])
+    on_test = scored("best", "task_arithmetic", "test", **rows["task arithmetic"].parameters)
+    assert rows["task arithmetic"].results.average == on_test.average
+    assert rows["weight average"].results.average == scored("average", "average", "test").average
+    assert rows["pretrained"].results.average == scored("nothing", "task_arithmetic", "test", scale=0.0).average
+    alone = {
+        name: cart_hf.evaluate(
+            family_member, tasks=[name], split="test", **{k: settings[k] for k in ("tasks_file", "data")}
+        )
+        for name, family_member in ((entry["name"], entry["model"]) for entry in recipe["models"])
+    }
+    for name in TASKS:
+        assert rows["individual"].results.tasks[name].score == alone[name].average
+    expected = sum(on_test.tasks[name].score / alone[name].average for name in TASKS) / 3
+    assert rows["task arithmetic"].results.normalized == pytest.approx(expected)
+    assert rows["individual"].results.normalized == pytest.approx(1.0)
+    assert not (tmp_path / "out" / "attempt").exists()
+
+
+def test_files_and_formats(recipe, tmp_path):
+    path, output = write(tmp_path, recipe), tmp_path / "out"
+    answer = succeed("benchmark", path, output, "--keep-models")
+    for word in ("pretrained", "individual", "weight average", "task arithmetic", "CART, rank 2", "normalised"):
+        assert word in answer.out
+    assert "Chosen by the average score on the validation split" in answer.out.replace("\n", " ")
+    saved = json.loads((output / "benchmark.json").read_text())
+    page = (output / "benchmark.md").read_text()
+    for row in saved["rows"]:
+        assert f"| {row['name']} |" in page
+        assert f"{100 * row['average']:.1f}" in page
+    assert "bars.png" in page and "radar.png" in page
+    names = {file.name for file in output.iterdir()}
+    assert names >= {"benchmark.csv", "benchmark.tex", "bars.svg", "radar.svg", "recipe.yaml", "points.json", "models"}
+    kept = cart_hf.MultiTaskModel.from_pretrained(output / "models" / "CART, rank 2")
+    assert kept.tasks == sorted(TASKS)
+    again = succeed("benchmark", path, output, "--resume", "--format", "csv")
+    assert again.out == (output / "benchmark.csv").read_text()
+    assert json.loads(succeed("benchmark", path, output, "--resume", "--format", "json").out) == saved
+
+
+def test_resume_measures_nothing_twice(recipe, tmp_path, monkeypatch):
+    """A run that is killed half-way goes on; a changed model starts again."""
+    path, output = write(tmp_path, recipe), tmp_path / "out"
+    merges = []
+    real = benchmarking.merge
+
+    def counted(variant, **options):
+        merges.append(variant.merge_method)
+        if len(merges) == 3:
+            raise KeyboardInterrupt
+        return real(variant, **options)
+
+    monkeypatch.setattr(benchmarking, "merge", counted)
+    with pytest.raises(KeyboardInterrupt):
+        cart_hf.benchmark(cart_hf.Recipe.load(path), output=output)
+    finished = len(merges) - 1
+    resumed = cart_hf.benchmark(cart_hf.Recipe.load(path), output=output, resume=True)
+    points = 1 + 1 + (3 + 1) + (2 + 1)  # pretrained, average, task arithmetic, cart
+    assert len(merges) - 1 - finished == points - finished
+    merges.clear()
+    monkeypatch.setattr(benchmarking, "merge", real)
+    whole = cart_hf.benchmark(cart_hf.Recipe.load(path), output=tmp_path / "whole")
+    strip = [{name: r.metrics for name, r in row.results.tasks.items()} for row in whole.rows]
+    assert strip == [{name: r.metrics for name, r in row.results.tasks.items()} for row in resumed.rows]
+
+
+def test_another_model_voids_what_was_measured(recipe, tmp_path):
+    """The same folder with other weights is another model."""
+    own = Path(shutil.copytree(recipe["models"][0]["model"], tmp_path / "red"))
+    recipe["models"][0]["model"] = str(own)
+    recipe["benchmark"]["methods"] = ["average"]
+    merged = []
+    for _ in range(2):
+        known = cart_hf.benchmark(cart_hf.Recipe.from_mapping(recipe), output=tmp_path / "out", resume=bool(merged))
+        merged.append({row.name: row.results.tasks["red"].settings["model"] for row in known.rows})
+        weights = load_file(own / "model.safetensors")
+        weights["classifier.out_proj.bias"] += 100 * torch.arange(2.0)
+        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+    assert all(merged[0][name] != merged[1][name] for name in ("pretrained", "individual", "weight average"))
+    assert known.rows[1].results.tasks["red"].score == pytest.approx(12 / 25)  # it says 1 to everything now
+
+
+def test_without_a_list_every_method(recipe):
+    del recipe["benchmark"]
+    trials = trials_of(cart_hf.Recipe.from_mapping(recipe))
+    assert {trial.method for trial in trials} == set(all_methods())
+    assert trials[-1].parameters["rank"] == 2
+    del recipe["base_model"]
+    methods = [trial.method for trial in trials_of(cart_hf.Recipe.from_mapping(recipe))]
+    assert methods == [name for name, method in all_methods().items() if not method.needs_base and name != "cart"] + [
+        "cart"
+    ]
+
+
+def test_selection_on_the_scored_split_is_said(recipe, tmp_path):
+    recipe["benchmark"]["selection"] = {"split": "test"}
+    answer = succeed("benchmark", write(tmp_path, recipe), tmp_path / "out")
+    assert "the numbers flatter methods with many settings" in answer.out.replace("\n", " ")
+
+
+def test_edges():
+    trial = Trial(method="cart", grid={"scale": [1, 2, 3], "rank": [4], "rank_ratio": [0.1, 0.2]})
+    assert len(trial.points) == 6
+    assert trial.on_edge({"scale": 2, "rank": 4, "rank_ratio": 0.1}) == ["rank_ratio"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["evaluation"].update(tasks=["red", "gren"]), "no task 'gren' - did you mean 'green'"),
+        (lambda r: r["evaluation"].update(split="dev"), "has no split 'dev'"),
+        (lambda r: r["evaluation"].update(suit="glue"), "evaluation.suit: unknown key - did you mean 'suite'"),
+        (
+            lambda r: r["benchmark"].update(selection={"splt": "x"}),
+            "selection.splt: unknown key - did you mean 'split'",
+        ),
+        (lambda r: r["benchmark"].update(methods=["crt"]), "row 'crt': merge_method: unknown method 'crt'"),
+        (lambda r: r["benchmark"].update(methods=["cart", "cart"]), "two rows are called 'cart'; give one a name"),
+        (lambda r: r["benchmark"].update(methods=[]), "benchmark: methods: name at least one"),
+        (
+            lambda r: r["benchmark"].update(methods=[{"method": "ties", "grid": {"densty": [0.1]}}]),
+            "row 'ties': parameters.densty: ties has no such parameter - did you mean 'density'",
+        ),
+        (
+            lambda r: r["benchmark"].update(methods=[{"method": "cart", "grid": {"rank_ratio": []}}]),
+            "grid.rank_ratio: no values to try",
+        ),
+        (
+            lambda r: r["benchmark"].update(
+                methods=[{"method": "cart", "parameters": {"scale": 1}, "grid": {"scale": [1]}}]
+            ),
+            "scale: stands in parameters and in grid",
+        ),
+    ],
+)
+def test_bad_input_before_any_merge(recipe, change, message, tmp_path):
+    change(recipe)
+    output = tmp_path / "out"
+    refuse(output, "benchmark", write(tmp_path, recipe), output, naming=[message], count=3 if "split" in message and "dev" in message else 1)
+
+
+def test_an_output_is_not_lost(recipe, tmp_path):
+    path = write(tmp_path, recipe)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    for flags, why in (((), "exists"), (("--overwrite",), "is not a benchmark of cart-hf")):
+        answer = call("benchmark", path, tmp_path / "out", *flags)
+        assert answer.code == 2
+        assert why in answer.err
+    assert (tmp_path / "out" / "precious").exists()
+
+
+def test_a_missing_model_is_named_first(recipe, tmp_path):
+    recipe["models"][0]["model"] = "./not-here"
+    output = tmp_path / "out"
+    refuse(output, "benchmark", write(tmp_path, recipe), output, naming=["folder not found: ./not-here"])
