@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def cached_class_embeddings(
     clip: Any, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str], cache: Path
 ) -> torch.Tensor:
     """Do the same, but keep the result in ``cache``, by text tower, class names and templates."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     from cart_hf.cache import write_through
@@ -53,7 +55,7 @@ def cached_class_embeddings(
     key = hashlib.sha256((recipe + _text_tower_hash(clip)).encode()).hexdigest()[:32]
     path = cache / f"{key}.safetensors"
     device = next(clip.parameters()).device
-    if path.is_file():
+    with suppress(OSError, SafetensorError):  # not there yet, or damaged
         stored: torch.Tensor = load_file(path)["classes"]
         return stored.to(device)
     found = class_embeddings(clip, tokenizer, class_names, templates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,14 +11,17 @@ import yaml
 from commands import call, succeed
 
 import cart_hf
+from cart_hf.cli import app
 from cart_hf.methods import all_methods
+from cart_hf.tasks import find_tasks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def test_recipes_are_recipes():
@@ -37,6 +41,23 @@ def test_merge_commands_are_understood():
         else:
             printed = succeed(*words, "--print-recipe").out
             assert len(yaml.safe_load(printed)["models"]) == 3
+
+
+def test_evaluation_page(tmp_path):
+    """Its tasks file and its recipe keys are read, its commands are understood, its results file is one."""
+    own, of_a_recipe = (yaml.safe_load(block) for block in blocks("yaml", EVALUATION))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
+    assert [task.name for task in find_tasks(tasks_file=tmp_path / "mine.yaml")] == ["trec", "birds"]
+    model = yaml.safe_load(blocks("yaml")[0])
+    assert len(cart_hf.Recipe.from_mapping({**model, **of_a_recipe}).benchmark.methods) == 4
+    found = cart_hf.Results.from_dict(json.loads(blocks("json", EVALUATION)[0]))
+    assert found.average == 0.888
+    commands = [line for block in blocks("bash", EVALUATION) + blocks("bash") for line in block.splitlines()]
+    verbs = [shlex.split(line)[1:] for line in commands if line.startswith("cart-hf ") and "\\" not in line]
+    verbs += [shlex.split(line.split("-m cart_hf ")[1]) for line in commands if "-m cart_hf " in line]
+    assert len(verbs) >= 8
+    for words in verbs:
+        app.parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_every_method_and_parameter_is_listed():

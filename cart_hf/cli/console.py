@@ -10,9 +10,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from cart_hf.tables import Table, terminal
+
+_UNWRAPPED = 400
+
 # No markup: brackets in a path or a model's name are what they are.
 out = Console(soft_wrap=True, highlight=False, markup=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+def print_table(table: Table) -> None:
+    """Print a table to stdout: as wide as the terminal, or with whole lines into a file or pipe."""
+    console = out if out.is_terminal else Console(width=_UNWRAPPED, highlight=False, markup=False)
+    console.print(terminal(table))
 
 
 def warn(message: str) -> None:

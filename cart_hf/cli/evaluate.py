@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -64,7 +65,7 @@ def evaluate(
     cart-hf evaluate textattack/roberta-base-SST-2 --tasks sst2 --label-mapping index
     cart-hf evaluate merged --tasks-file mine.yaml --data ./data --limit 500
     cart-hf evaluate merged --suite glue --num-processes 2 --output results.json --resume
-    cart-hf evaluate merged --split test --submission glue.zip
+    cart-hf evaluate merged --submission glue.zip
     ```
 
     Parameters
@@ -108,7 +109,7 @@ def evaluate(
     overwrite:
         Replace `--output` or `--submission`.
     submission:
-        Zip file for the GLUE leaderboard: predictions of a split whose labels are hidden.
+        Zip file for the GLUE leaderboard: predictions of the test split, whose labels are hidden.
     format:
         What stdout gets.
     """
@@ -154,25 +155,11 @@ def measure(model: str, arguments: dict[str, Any]) -> Results:
 
 def finish(results: Results, format: Format, submission: Path | None) -> None:
     """Print the results, and exit with 2 (the user's mistakes) or 1 when a task has none."""
-    from cart_hf import tables
-    from cart_hf.cli.console import err, out, warn
-    from cart_hf.evaluation.report import as_table, conventions
-    from cart_hf.evaluation.run import INTERNAL
+    from cart_hf.cli.console import warn
     from cart_hf.processes import is_main
 
     if is_main():
-        table = as_table(results)
-        if format == "json":
-            print(json.dumps(results.to_dict(), indent=2))  # noqa: T201
-        elif format == "human":
-            if results.tasks:
-                out.print(tables.terminal(table))
-                note = conventions(results)
-                if note is not None:
-                    out.print(note)
-        else:
-            write = {"markdown": tables.markdown, "latex": tables.latex, "csv": tables.comma_separated}[format]
-            print(write(table), end="")  # noqa: T201
+        _print(results, format)
         for name, result in results.tasks.items():
             if result.broken_images:
                 rows = ", ".join(list(result.broken_images)[:5])
@@ -180,10 +167,42 @@ def finish(results: Results, format: Format, submission: Path | None) -> None:
                 warn(f"{name}: {count} of {result.examples} images cannot be decoded and count as wrong (rows {rows})")
         if submission is not None and submission.is_file():
             _tell_submission(submission)
-        for name, problem in results.errors.items():
+    tell_errors(results.errors)
+
+
+def _print(results: Results, format: Format) -> None:
+    from cart_hf import tables
+    from cart_hf.cli.console import out, print_table
+    from cart_hf.evaluation.report import as_table, conventions
+
+    table = as_table(results)
+    if format == "json":
+        print(json.dumps(results.to_dict(), indent=2))  # noqa: T201
+    elif format == "human":
+        if results.tasks:
+            print_table(table)
+            note = conventions(results)
+            if note is not None:
+                out.print(note)
+    else:
+        write = {"markdown": tables.markdown, "latex": tables.latex, "csv": tables.comma_separated}[format]
+        print(write(table), end="")  # noqa: T201
+
+
+def tell_errors(errors: Mapping[str, str]) -> None:
+    """Print why tasks have no result, and exit with 2 (the user's mistakes) or 1; return when there are none.
+
+    :param errors: messages by task.
+    """
+    from cart_hf.cli.console import err
+    from cart_hf.evaluation.run import INTERNAL
+    from cart_hf.processes import is_main
+
+    if is_main():
+        for name, problem in errors.items():
             err.print(f"error: {problem}" if f"'{name}'" in problem else f"error: task '{name}': {problem}")
-    if results.errors:
-        sys.exit(1 if any(problem.startswith(INTERNAL) for problem in results.errors.values()) else 2)
+    if errors:
+        sys.exit(1 if any(problem.startswith(INTERNAL) for problem in errors.values()) else 2)
 
 
 def _tell_submission(path: Path) -> None:

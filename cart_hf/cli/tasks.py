@@ -23,8 +23,8 @@ def tasks(*names: str, tasks_file: Path | None = None) -> None:
     tasks_file:
         Check a tasks file, and print its tasks.
     """
-    from cart_hf.cli.console import out
-    from cart_hf.tables import Table, terminal
+    from cart_hf.cli.console import out, print_table
+    from cart_hf.tables import Table
     from cart_hf.tasks import find_tasks, suites
     from cart_hf.tasks import tasks as builtin
 
@@ -44,7 +44,7 @@ def tasks(*names: str, tasks_file: Path | None = None) -> None:
     for name, task in builtin().items():
         source = "--data" if task.dataset is None else task.dataset.path
         config = f" ({task.dataset.name})" if task.dataset is not None and task.dataset.name else ""
-        rows.append([name, task.kind, source + config, task.split, task.scored_by])
-    out.print(terminal(Table(["task", "kind", "dataset", "split", "score"], rows, words=4)))
+        rows.append([name, task.kind.removesuffix("-classification"), source + config, task.split, task.scored_by])
+    print_table(Table(["task", "kind", "dataset", "split", "score"], rows, words=4))
     out.print()
-    out.print(terminal(Table(["suite", "tasks"], [[name, " ".join(of)] for name, of in suites().items()], words=1)))
+    print_table(Table(["suite", "tasks"], [[name, " ".join(of)] for name, of in suites().items()], words=1))

@@ -89,11 +89,20 @@ class Metric(evaluate.Metric):  # type: ignore[misc]
         return {self.config_name: _function(self.config_name)(np.asarray(predictions), np.asarray(references))}
 
 
+def check(names: Sequence[str]) -> None:
+    """Refuse metrics that there are not, before a model is run for them.
+
+    :raises UserError: for a metric that is not built in and that `evaluate` cannot load.
+    """
+    for name in names:
+        _load(name)
+
+
 def compute(names: Sequence[str], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
     """Return every metric by name.
 
     :param predictions, references: labels (int64) or values (float64), shape (examples,).
-    :raises UserError: for a metric that is not built in and that `evaluate` cannot load.
+    :raises UserError: as :func:`check`, and for ``f1`` of more than two labels.
     """
     found: dict[str, float] = {}
     for name in names:

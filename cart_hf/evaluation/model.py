@@ -152,19 +152,13 @@ def _merged_folder(reference: Reference) -> Path | None:
         return folder if reference.subfolder is None and (folder / "tasks").is_dir() else None
     if reference.subfolder is not None:
         return None
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
-
     from cart_hf.output.record import MERGE_FILE
-    from cart_hf.sources.hub import explained
+    from cart_hf.sources.hub import download_repository, open_repository
 
-    with explained("model", reference):
-        try:
-            hf_hub_download(reference.path, MERGE_FILE, revision=reference.revision)
-        except EntryNotFoundError:
-            return None
-        folder = Path(snapshot_download(reference.path, revision=reference.revision))
-    return folder if (folder / "tasks").is_dir() else None
+    repository = open_repository("model", reference)
+    if MERGE_FILE not in repository.files or not any(name.startswith("tasks/") for name in repository.files):
+        return None
+    return download_repository(repository)
 
 
 def _commit_of(reference: Reference, folder: Path) -> str | None:

@@ -11,9 +11,14 @@ import yaml
 from pydantic import ValidationError
 
 from cart_hf.errors import UserError, did_you_mean
-from cart_hf.tasks.task import Task
+from cart_hf.tasks.task import DatasetSource, Submission, Task
 
 _BUILTIN = Path(__file__).with_name("builtin")
+_KEYS: dict[tuple[str, ...], list[str]] = {
+    (): [name for name in Task.model_fields if name != "name"],
+    ("dataset",): list(DatasetSource.model_fields),
+    ("submission",): list(Submission.model_fields),
+}
 
 
 @cache
@@ -120,8 +125,7 @@ def _explain(error: Mapping[str, Any]) -> str:
     """Return one validation error as ``key: what is wrong``, with a suggestion for a mistyped key."""
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = [name for name in Task.model_fields if name != "name"]
-        return f"{place}: unknown key{did_you_mean(str(error['loc'][-1]), known)}"
+        return f"{place}: unknown key{did_you_mean(str(error['loc'][-1]), _KEYS[error['loc'][:-1]])}"
     return f"{place}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
 
 

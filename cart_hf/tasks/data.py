@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cart_hf.errors import UserError, did_you_mean
-from cart_hf.tasks.labels import contradict, positions
+from cart_hf.errors import UserError, did_you_mean, shorten
+from cart_hf.tasks.labels import contradict, plain, positions
 from cart_hf.tasks.source import rows_of
 from cart_hf.tasks.task import IMAGE, REGRESSION, Task
 
@@ -52,7 +52,7 @@ class TaskData:
 
         from PIL import Image
 
-        stored = self.rows[index][self.task.image]
+        stored = self.rows[index][self.task.image] or {}
         encoded = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored.get("path")
         if encoded is None:
             raise OSError("no image")
@@ -95,16 +95,16 @@ def load_split(
     rows, source = rows_of(task, split, data=Path(data) if data is not None else None, first=limit if stream else None)
     if len(rows) == 0:
         raise UserError(f"{where}: split '{split}' of {source} is empty")
+    whole = rows = _declared_columns(task, rows)
     if limit is not None and limit < len(rows):
         rows = rows.select([i * len(rows) // limit for i in range(limit)])
-    rows = _declared_columns(task, rows)
     for column in task.text or (task.image,):
         _check_column(column, rows, where, source)
     if task.kind == IMAGE:
         rows = _keep_encoded(task, rows, where)
     else:
         _check_texts(task, rows, where)
-    labels, names = _labels(task, rows, where, source, needed=labelled)
+    labels, names = _labels(task, rows, whole, where, source, needed=labelled)
     if labels is None and labelled:
         raise UserError(
             f"{where}: the labels of split '{split}' are hidden; score another split (--split validation), "
@@ -144,9 +144,12 @@ def _keep_encoded(task: Task, rows: Any, where: str) -> Any:
 
 
 def _labels(
-    task: Task, rows: Any, where: str, source: str, *, needed: bool
+    task: Task, rows: Any, whole: Any, where: str, source: str, *, needed: bool
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Return the labels and their names, in the order that the task declares."""
+    """Return the labels and their names, in the order that the task declares.
+
+    :param whole: the split without a limit, whose words name the labels where nothing else does.
+    """
     declared = task.labels or task.classes
     if task.label not in rows.column_names and not needed:
         return None, declared
@@ -156,31 +159,41 @@ def _labels(
     if missing is not None:
         raise UserError(f"{where}: row {missing} has no label in column '{task.label}'")
     if task.kind == REGRESSION:
-        return _numbers(values, where, task.label), ()
-    given = _given_names(rows.features[task.label], values)
-    if given and isinstance(values[0], str):
-        values = [given.index(value) for value in values]
-    whole = _numbers(values, where, task.label)
-    ids = whole.astype(np.int64)
-    if not np.array_equal(ids, whole):
+        degrees = _numbers(values, where, task.label)
+        return (None if (degrees == -1).all() else degrees), ()
+    if isinstance(values[0], str):
+        names = declared or tuple(sorted(set(whole[task.label]) - {None}))
+        return _numbers_of_words(task, values, names, where), names
+    numbers = _numbers(values, where, task.label)
+    ids = numbers.astype(np.int64)
+    if not np.array_equal(ids, numbers):
         raise UserError(f"{where}: column '{task.label}' holds fractions; a regression is kind: text-regression")
+    given = tuple(getattr(rows.features[task.label], "names", None) or ())
     if (ids == -1).all():
         return None, declared or given
-    order = _declared_order(task, given, declared, where)
-    if order is not None:
-        ids = np.asarray(order)[ids]
-    names = declared or given
+    names = given or declared
     bad = np.flatnonzero((ids < 0) | (ids >= len(names))) if names else np.flatnonzero(ids < 0)
     if len(bad):
-        raise UserError(f"{where}: row {bad[0]} has label {ids[bad[0]]}, but there are {len(names)} labels")
-    return ids, names
+        known = f"there are {len(names)} labels" if names else "labels are numbered from 0"
+        raise UserError(f"{where}: row {bad[0]} has label {ids[bad[0]]}, but {known}")
+    order = _declared_order(task, given, declared, where)
+    return ids if order is None else np.asarray(order)[ids], declared or given
 
 
-def _given_names(feature: Any, values: list[Any]) -> tuple[str, ...]:
-    """Return the names that the data itself gives its labels, by id."""
-    if getattr(feature, "names", None):
-        return tuple(feature.names)
-    return tuple(sorted(set(values))) if isinstance(values[0], str) else ()
+def _numbers_of_words(task: Task, words: Sequence[str], names: Sequence[str], where: str) -> np.ndarray:
+    """Return the number of each label that is written as a word: its name, its alias, or its class in a prompt."""
+    spelled = [(name, *task.aliases.get(name, ()), *task.classes[i : i + 1]) for i, name in enumerate(names)]
+    exact = {word: number for number, spellings in enumerate(spelled) for word in spellings}
+    loose = {plain(word): number for word, number in exact.items()}
+    if any(loose[plain(word)] != number for word, number in exact.items()):
+        loose = {}  # labels that differ in case or punctuation only
+    numbers = {word: exact.get(word, loose.get(plain(word))) for word in dict.fromkeys(words)}
+    for word, number in numbers.items():
+        if number is None:
+            raise UserError(
+                f"{where}: label '{word}' of row {words.index(word)} is none of the task's: {shorten(list(names))}"
+            )
+    return np.asarray([numbers[word] for word in words], dtype=np.int64)
 
 
 def _declared_order(task: Task, given: tuple[str, ...], declared: tuple[str, ...], where: str) -> list[int] | None:
@@ -203,6 +216,9 @@ def _declared_order(task: Task, given: tuple[str, ...], declared: tuple[str, ...
 
 def _numbers(values: list[Any], where: str, column: str) -> np.ndarray:
     try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as failure:
-        raise UserError(f"{where}: column '{column}' does not hold numbers or names") from failure
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        numbers = None
+    if numbers is None or numbers.ndim != 1:
+        raise UserError(f"{where}: column '{column}' does not hold numbers or names")
+    return numbers

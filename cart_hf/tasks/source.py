@@ -58,12 +58,9 @@ def _from_folder(task: Task, folder: Path, split: str) -> Any:
     import datasets
 
     names = list(dict.fromkeys([task.splits.get(split, split), split, *_ALIASES.get(split, ())]))
-    if (folder / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(folder))
-        for name in names:
-            if name in saved:
-                return saved[name]
     for name in names:
+        if (folder / name / "state.json").is_file():  # written by save_to_disk
+            return datasets.load_from_disk(str(folder / name))
         for suffix, builder in _BUILDERS.items():
             shards = sorted([*folder.glob(f"{name}-*{suffix}"), *folder.glob(f"data/{name}-*{suffix}")])
             files = [folder / f"{name}{suffix}"] if (folder / f"{name}{suffix}").is_file() else shards
@@ -88,6 +85,8 @@ def _read(files: list[Path], builder: str, place: Path) -> Any:
     try:
         return datasets.load_dataset(builder, data_files=[str(file) for file in files], split="train", **options)
     except Exception as failure:  # datasets wraps what its readers raise, in classes of its own
+        if "corresponds to no data" in str(failure):
+            raise UserError(f"{shorten([str(file) for file in files])}: the split is empty") from failure
         raise UserError(f"cannot read {shorten([str(file) for file in files])}: {_reason(failure)}") from failure
 
 
@@ -102,25 +101,33 @@ def _image_folder(folder: Path) -> Any:
 
 def _from_hub(source: DatasetSource, split: str, first: int | None) -> Any:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
 
-    title = _title(source)
     try:
         rows = datasets.load_dataset(
             source.path, source.name, split=split, revision=source.revision, streaming=first is not None
         )
-        return rows if first is None else datasets.Dataset.from_list(list(rows.take(first)), features=rows.features)
-    except DatasetNotFoundError as failure:
-        raise UserError(f"dataset {title}: not found on the Hub, or private or gated without a token") from failure
-    except ConnectionError as failure:
-        raise UserError(
-            f"dataset {title}: the Hub cannot be reached and nothing is cached; "
-            "connect once, or give --data DIR with local copies"
-        ) from failure
-    except ValueError as failure:  # an unknown configuration or split
-        raise UserError(f"dataset {title}, split '{split}': {_reason(failure)}") from failure
-    except Exception as failure:
-        raise UserError(f"dataset {title}: {_reason(failure)}") from failure
+        if first is None:
+            return rows
+        rows = rows.decode(False)  # images stay as they are: one that is broken must not lose the others
+        return datasets.Dataset.from_list(list(rows.take(first)), features=rows.features)
+    except Exception as failure:  # what datasets, the Hub's client and its HTTP client raise
+        raise UserError(f"dataset {_title(source)}{_explanation(failure, split)}") from failure
+
+
+def _explanation(failure: Exception, split: str) -> str:
+    """Say what an error means and what to do."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    if isinstance(failure, DatasetNotFoundError):
+        return ": not found on the Hub, or private or gated without a token (hf auth login)"
+    if isinstance(failure, ConnectionError) or type(failure).__module__.startswith(("httpx", "httpcore")):
+        return (
+            ": the Hub cannot be reached and the data is not cached; "
+            "connect and try again, or give --data DIR with local copies"
+        )
+    if isinstance(failure, ValueError):  # an unknown configuration or split
+        return f", split '{split}': {_reason(failure)}"
+    return f": {_reason(failure)}"
 
 
 def _title(source: DatasetSource) -> str:

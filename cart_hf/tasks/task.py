@@ -128,16 +128,30 @@ class Task(BaseModel):
             raise ValueError("text: an image-classification task has no text columns")
         if self.kind != IMAGE and len(self.text) not in (1, 2):
             raise ValueError("text: name one column of text, or two for pairs")
+        if not self.metrics:
+            raise ValueError("metrics: name at least one")
         if self.score not in ("", MEAN, *self.metrics):
             raise ValueError(f"score: '{self.score}' is none of the metrics ({', '.join(self.metrics)}) and not 'mean'")
         wrong = [template for template in self.templates if "{}" not in template]
         if wrong:
             raise ValueError(f"templates: a prompt needs '{{}}' for the class name: {wrong[0]!r}")
-        if self.classes and self.labels and len(self.classes) != len(self.labels):
-            raise ValueError(f"classes: {len(self.classes)} names for {len(self.labels)} labels")
         unknown = [name for name in self.splits if name not in LOGICAL_SPLITS]
         if unknown:
             raise ValueError(f"splits: '{unknown[0]}' is none of {', '.join(LOGICAL_SPLITS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent_names(self) -> Task:
+        for key in ("labels", "classes"):
+            names = getattr(self, key)
+            twice = [name for place, name in enumerate(names) if name in names[:place]]
+            if twice:
+                raise ValueError(f"{key}: '{twice[0]}' stands twice")
+        strange = [name for name in self.aliases if self.labels and name not in self.labels]
+        if strange:
+            raise ValueError(f"aliases: '{strange[0]}' is none of the labels ({', '.join(self.labels)})")
+        if self.classes and self.labels and len(self.classes) != len(self.labels):
+            raise ValueError(f"classes: {len(self.classes)} names for {len(self.labels)} labels")
         return self
 
     @property
