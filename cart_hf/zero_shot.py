@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cart_hf.errors import UserError
+from cart_hf.sources.fingerprint import tensors_fingerprint
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 _PROMPTS_AT_ONCE = 256
@@ -79,9 +80,4 @@ def _prompt_embeddings(clip: Any, tokenizer: Any, prompts: Sequence[str]) -> tor
 
 
 def _text_tower_hash(clip: Any) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in clip.state_dict().items():
-        if name.startswith("text"):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_fingerprint({name: tensor for name, tensor in clip.state_dict().items() if name.startswith("text")})

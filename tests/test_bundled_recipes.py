@@ -23,6 +23,7 @@ PAPER = [name for name in CLIP if name.endswith("-paper")]
 FUSION_BENCH = [name for name in CLIP if name not in PAPER]
 GLUE = [name for name in RECIPES if name.startswith("roberta-base-glue-")]
 BENCHMARKS = [*CLIP, *GLUE]
+LOCAL = ["minilm-text-8"]
 BACKBONES = {"b32": "base-patch32", "b16": "base-patch16", "l14": "large-patch14"}
 # the data sets' names in the folders of the CART and TALL-masks checkpoints, in the order of their tables
 DATA_SETS = (
@@ -33,11 +34,12 @@ DATA_SETS = (
 
 
 @pytest.fixture(autouse=True)
-def converted(tmp_path, monkeypatch):
-    """Work in a folder that has what `cart-hf convert` would have written."""
-    for name in PAPER:
-        for entry in declared(name)["models"]:
-            (tmp_path / entry["model"]).mkdir(parents=True, exist_ok=True)
+def made_before(tmp_path, monkeypatch):
+    """Work in a folder that has what `cart-hf convert` and our scripts would have written."""
+    for name in [*PAPER, *LOCAL]:
+        for place in [declared(name)["base_model"], *(entry["model"] for entry in declared(name)["models"])]:
+            if place.startswith("./"):
+                (tmp_path / place).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
 
@@ -68,6 +70,7 @@ def test_which_recipes_there_are():
     sizes = (8, 14, 20)
     expected = {f"clip-vit-{backbone}-{size}" for backbone in BACKBONES for size in sizes}
     expected |= {f"clip-vit-{backbone}-{size}-paper" for backbone in ("b32", "l14") for size in sizes}
+    expected |= set(LOCAL)
     expected |= {"roberta-base-glue-8", "roberta-base-glue-7", "roberta-two-tasks-ties"}
     assert expected <= set(RECIPES)
 
@@ -190,6 +193,19 @@ def test_the_papers_settings(name):
         assert (parameters["rank_ratio"], parameters["scale"]) == official
     else:
         assert "are not published" in text_of(name)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_our_own_benchmarks(name, tmp_path):
+    """The header's tasks file makes every task known, and settings are chosen off the scored split."""
+    recipe = Recipe.load(RECIPES[name])
+    (written,) = re.findall(r"^#   (tasks: .*)$", text_of(name), flags=re.MULTILINE)
+    (tmp_path / "tasks.yaml").write_text(written)
+    found = find_tasks(recipe.evaluation.tasks, tasks_file=tmp_path / recipe.evaluation.tasks_file)
+    assert [task.name for task in found] == [entry.name for entry in recipe.models]
+    assert recipe.benchmark.selection.split == "validation" != recipe.evaluation.split
+    verbs = [words[1] for words in commands(name)]
+    assert verbs == ["recipes", "merge", "merge", "evaluate", "benchmark"]
 
 
 def test_emnist_is_declared_as_the_header_says(tmp_path):

@@ -28,7 +28,8 @@ from transformers import RobertaForMaskedLM, RobertaForSequenceClassification, R
 import cart_hf
 from cart_hf.errors import UserError
 from cart_hf.evaluation.results import Results
-from cart_hf.recipe import Evaluation
+from cart_hf.recipe import Evaluation, Reference
+from cart_hf.sources import fingerprint
 from cart_hf.tasks import REGRESSION, TEXT, find_tasks
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -815,3 +816,72 @@ def test_a_submission_that_cannot_be(glue: Path, world: World, tmp_path: Path) -
     answer = call("evaluate", world.merged, *world.arguments("task0"), "--submission", tmp_path / "mine.zip")
     assert answer.errors == ["--submission: task 'task0' is not on the GLUE leaderboard"]
     assert not (tmp_path / "mine.zip").exists()
+
+
+def test_a_loaded_model_is_measured_as_its_folder_is(world: World) -> None:
+    """And its weights are what counts, not the folder they came from."""
+    model = cart_hf.MultiTaskModel.from_pretrained(world.merged)
+    of_folder, of_object = (cart_hf.evaluate(it, world.evaluation(*LABELS)) for it in (world.merged, model))
+    assert [r.metrics for r in of_object.tasks.values()] == [r.metrics for r in of_folder.tasks.values()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-3)
+    changed = cart_hf.evaluate(model, world.evaluation(*LABELS))
+    assert changed.tasks["task0"].settings["model"] != of_object.tasks["task0"].settings["model"]
+    assert changed.average != of_object.average
+    with pytest.raises(UserError, match="load it with from_pretrained"):
+        cart_hf.evaluate(cart_hf.MultiTaskModel(model.backbone, {}), world.evaluation("task0"))
+
+
+def test_a_killed_run_loses_nothing_that_was_finished(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier results of tasks that the new run has not reached stay in the file."""
+    file = tmp_path / "results.json"
+    cart_hf.evaluate(world.merged, world.evaluation("task1", "task2"), output=file)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cart_hf.evaluation.run.predict", killed)  # task0 is new and comes first
+    with pytest.raises(KeyboardInterrupt):
+        cart_hf.evaluate(world.merged, world.evaluation("task0", "task1", "task2"), output=file, resume=True)
+    assert list(Results.load(file).tasks) == ["task1", "task2"]
+
+
+def test_fingerprint_of_a_folder(world: World, tmp_path: Path) -> None:
+    """Weights and tokenizer count, whatever folder they lie in; results and cards beside them do not."""
+
+    def of(folder: Path) -> str:
+        return fingerprint(Reference(str(folder)), None, folder)
+
+    copy = Path(shutil.copytree(world.merged, tmp_path / "copy"))
+    first = of(copy)
+    assert first == of(world.merged)
+    (copy / "README.md").write_text("other words")
+    (copy / "results.json").write_text("{}")
+    assert of(copy) == first
+    for name in ("tokenizer.json", "tasks/task1/head.safetensors", "config.json"):
+        before = of(copy)
+        (copy / name).write_bytes((copy / name).read_bytes() + b" ")
+        assert of(copy) != before, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_on_a_gpu(world: World, dtype: str) -> None:
+    """The same answers as on the CPU; half precision may move those that are close calls."""
+    on_cpu = cart_hf.evaluate(world.merged, world.evaluation(*LABELS), device="cpu")
+    on_gpu = cart_hf.evaluate(world.merged, world.evaluation(*LABELS, dtype=dtype), device="cuda")
+    for name, result in on_gpu.tasks.items():
+        wrong = 0 if dtype == "float32" else 2 / COUNT
+        assert result.metrics["accuracy"] == pytest.approx(on_cpu.tasks[name].metrics["accuracy"], abs=wrong)
+    assert "cuda" not in on_cpu.environment["device"]
+
+
+def test_half_precision_on_the_cpu(world: World) -> None:
+    found = cart_hf.evaluate(world.merged, world.evaluation(*LABELS, dtype="bfloat16"), device="cpu")
+    exact = cart_hf.evaluate(world.merged, world.evaluation(*LABELS), device="cpu")
+    for name, result in found.tasks.items():
+        assert result.metrics["accuracy"] == pytest.approx(exact.tasks[name].metrics["accuracy"], abs=2 / COUNT)
+        assert result.settings["dtype"] == "bfloat16"

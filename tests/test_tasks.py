@@ -265,7 +265,7 @@ def test_every_mistake_of_a_tasks_file_is_told_at_once(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("tasks: [", "is not valid YAML"),
-        ("- sst2", "expected a mapping"),
+        ("- sst2", "a tasks file is a mapping"),
         ("mine: {kind: text-classification}", "a tasks file is a mapping `tasks:`"),
         ("tasks: []", "a tasks file is a mapping `tasks:`"),
         ("tasks: {a/b: {kind: text-classification, text: s}}", "'a/b' cannot name a task"),

@@ -14,13 +14,14 @@ from cart_hf.evaluation.results import Results, TaskResult
 from cart_hf.evaluation.run import Outcome, reader, run_tasks
 from cart_hf.evaluation.submission import GLUE_SUITE, Submission
 from cart_hf.merging import Progress
+from cart_hf.multitask import MultiTaskModel
 from cart_hf.processes import Processes, join
 from cart_hf.recipe import Evaluation
 from cart_hf.tasks import Task, find_tasks, known_among
 
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | MultiTaskModel,
     evaluation: Evaluation | None = None,
     *,
     base: str | None = None,
@@ -37,7 +38,8 @@ def evaluate(
 
     Under ``torchrun`` or ``accelerate launch`` the examples are shared out, and every process returns all results.
 
-    :param model: a merged folder, a classification checkpoint or a CLIP: a folder, a Hub id or ``id@revision``.
+    :param model: a merged folder, a classification checkpoint or a CLIP: a folder, a Hub id or ``id@revision``; or a
+        :class:`cart_hf.MultiTaskModel` (which is moved to the device).
     :param evaluation: which tasks, on which data, how; or leave it out and give its fields as arguments
         (``suite="glue"``, ``tasks=["sst2"]``, ``data=DIR``, ``limit=100`` ...).
     :param base: the pretrained model; a CLIP vision tower borrows its text tower. Default: what the merge was made of.
@@ -63,7 +65,7 @@ def evaluate(
     tasks = _tasks(evaluation, located, for_submission=sheets is not None)
     _check(evaluation, tasks, located, normalize=normalize, for_submission=sheets is not None)
     results = Results(
-        str(model),
+        str(located.reference),
         located.commit,
         evaluation.suite,
         evaluation.split,
@@ -74,7 +76,10 @@ def evaluate(
     errors: dict[str, str] = {}
 
     def update(**changes: Any) -> Results:
-        found = replace(results, tasks=_in_order(done, tasks), errors=_in_order(errors, tasks), **changes)
+        # a run that is killed must not have lost what an earlier one finished and this one has not reached
+        unreached = {name: result for name, result in earlier.items() if name not in errors}
+        shown = done if changes else unreached | done
+        found = replace(results, tasks=_in_order(shown, tasks), errors=_in_order(errors, tasks), **changes)
         if target is not None and processes.is_main:
             found.save(target)
         return found

@@ -33,6 +33,7 @@ class Located:
     :param folder: its local folder.
     :param commit: its Hub commit; None for a local folder.
     :param heads: the names of its heads; a plain classifier has one without a name, a CLIP has none.
+    :param loaded: the model itself, where the user gave one that is loaded.
     """
 
     reference: Reference
@@ -40,6 +41,7 @@ class Located:
     folder: Path
     commit: str | None
     heads: tuple[str, ...]
+    loaded: MultiTaskModel | None = None
 
     @property
     def zero_shot(self) -> bool:
@@ -65,12 +67,14 @@ class Model:
     add_zero_shot: Callable[[str, Sequence[str], Sequence[str]], None] | None
 
 
-def locate(model: str | Path, *, base: str | None = None) -> Located:
+def locate(model: str | Path | MultiTaskModel, *, base: str | None = None) -> Located:
     """Find a model and its heads, weights unread.
 
     :param base: the pretrained CLIP that lends its text tower to a checkpoint with a vision tower only.
     :raises UserError: when there is no such model, or it has nothing to answer tasks with.
     """
+    if isinstance(model, MultiTaskModel):
+        return _given(model)
     reference = _reference(str(model))
     merged = _merged_folder(reference)
     if merged is not None:
@@ -89,7 +93,8 @@ def load(located: Located, heads: Sequence[str], *, base: str | None, device: to
     if located.kind == "classifier":
         return _classifier(located, base, device)
     if located.kind == "merged":
-        loaded = MultiTaskModel.from_pretrained(located.folder, tasks=heads, dtype=torch.float32).to(device)
+        loaded = located.loaded or MultiTaskModel.from_pretrained(located.folder, tasks=heads, dtype=torch.float32)
+        loaded = loaded.to(device).eval()
         assert loaded.backbone is not None
         config = loaded.backbone.config
         return Model(
@@ -100,6 +105,13 @@ def load(located: Located, heads: Sequence[str], *, base: str | None, device: to
             None,
         )
     return _clip(located, base, device)
+
+
+def _given(model: MultiTaskModel) -> Located:
+    if model.folder is None:
+        raise UserError("model: it does not know its folder, where its tokenizer is; load it with from_pretrained")
+    kind: Kind = "merged" if model.clip is None else "clip"
+    return Located(Reference(str(model.folder)), kind, model.folder, None, tuple(model.tasks), model)
 
 
 def individual_models(located: Located) -> dict[str, str]:
@@ -223,6 +235,8 @@ def _clip(located: Located, base: str | None, device: torch.device) -> Model:
         except RuntimeError as failure:
             raise UserError(f"model: {located.reference} is not a vision tower of the base {base}") from failure
         folder = whole.folder
+    elif located.loaded is not None:
+        clip = located.loaded.clip
     else:
         clip = _complete("model", located.reference, transformers.CLIPModel, folder)
     loaded = MultiTaskModel(None, {}, clip).to(device).eval()

@@ -21,7 +21,7 @@ from cart_hf.evaluation.scoring import predicted, scored
 from cart_hf.merging import Progress
 from cart_hf.processes import Processes
 from cart_hf.recipe import Evaluation
-from cart_hf.sources import fingerprint
+from cart_hf.sources import fingerprint, tensors_fingerprint
 from cart_hf.tasks import Task, TaskData, load_split
 
 INTERNAL = "internal error: "
@@ -196,7 +196,14 @@ def _groups(tasks: Sequence[Task], evaluation: Evaluation) -> list[list[Task]]:
 
 def _identity(located: Located, base: str | None, processes: Processes) -> str:
     """Return a name for the weights that answer: a vision tower answers with its base's text tower."""
-    name = fingerprint(located.reference, located.commit, located.folder) if processes.is_main else ""
+    name = ""
+    if processes.is_main:
+        loaded = located.loaded
+        name = (
+            fingerprint(located.reference, located.commit, located.folder)
+            if loaded is None
+            else tensors_fingerprint(loaded.state_dict())
+        )
     return processes.gather(f"{name} {base}" if located.kind == "clip_vision" else name)[0]
 
 
@@ -235,5 +242,7 @@ class _reporting:  # noqa: N801 - reads as a statement
 def _failed(failure: Exception) -> Outcome:
     if isinstance(failure, UserError):
         return Outcome(error="; ".join(failure.problems))
+    if "out of memory" in str(failure).lower():  # each device raises a class of its own
+        return Outcome(error="the device has not enough memory: give a smaller --batch-size, or --dtype bfloat16")
     logging.getLogger("cart_hf").error("unexpected", exc_info=failure)
     return Outcome(error=f"{INTERNAL}{type(failure).__name__}: {' '.join(str(failure).split())[:500]}")

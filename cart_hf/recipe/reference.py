@@ -129,6 +129,11 @@ def split_name(text: str) -> tuple[str | None, str]:
     return None, text
 
 
-def is_task_name(name: str) -> bool:
-    """Whether ``name`` may name a task: it becomes a folder under ``tasks/``."""
-    return bool(_NAME.fullmatch(name))
+def task_name(name: str) -> str:
+    """Return ``name``, which becomes a folder under ``tasks/``.
+
+    :raises ValueError: when it cannot be one.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"'{name}' cannot name a task: use letters, digits, '.', '_' and '-'")
+    return name

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cart_hf.errors import UserError
 from cart_hf.methods import Method, get_method
 from cart_hf.recipe import validation
 from cart_hf.recipe.benchmark import Benchmark, Selection, Trial
 from cart_hf.recipe.evaluation import Evaluation
-from cart_hf.recipe.reference import Reference, is_task_name, split_name
+from cart_hf.recipe.reading import read_mapping
+from cart_hf.recipe.reference import Reference, split_name, task_name
 from cart_hf.recipe.settings import pattern_problem
 
 FloatType = Literal["float32", "float64", "bfloat16", "float16"]
@@ -31,7 +32,7 @@ class ModelEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     model: Reference
-    name: str
+    name: Annotated[str, AfterValidator(task_name)]
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -49,13 +50,6 @@ class ModelEntry(BaseModel):
     @classmethod
     def _none_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_a_folder(cls, value: str) -> str:
-        if not is_task_name(value):
-            raise ValueError(f"'{value}' cannot name a task: use letters, digits, '.', '_' and '-'")
-        return value
 
 
 class Recipe(BaseModel):
@@ -133,14 +127,7 @@ class Recipe(BaseModel):
 
         :raises UserError: with every problem found, when the file or anything in it is wrong.
         """
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as failure:
-            raise UserError(f"cannot read the recipe {path}: {failure.strerror}") from failure
-        except (yaml.YAMLError, UnicodeDecodeError) as failure:
-            raise UserError(f"{path} is not valid YAML: {_one_line(failure)}") from failure
-        if not isinstance(data, dict):
-            raise UserError(f"{path}: a recipe is a mapping with merge_method, base_model and models")
+        data = read_mapping(path, "recipe", "a recipe is a mapping with merge_method, base_model and models")
         try:
             return cls.from_mapping(data)
         except UserError as failure:
@@ -276,13 +263,6 @@ def _keys_at(place: tuple[int | str, ...]) -> Iterable[str]:
 
 
 _OF_THE_METHOD = ("merge_method", "models", "parameters", "benchmark")
-
-
-def _one_line(failure: Exception) -> str:
-    """Return YAML's complaint with its place."""
-    mark = getattr(failure, "problem_mark", None)
-    problem = getattr(failure, "problem", None) or " ".join(str(failure).split())
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(problem)
 
 
 def parse_size(text: str) -> int:

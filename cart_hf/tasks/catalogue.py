@@ -7,12 +7,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from cart_hf.errors import UserError, did_you_mean
+from cart_hf.recipe.reading import read_mapping
 from cart_hf.tasks.task import DatasetSource, Submission, Task
 
+_EXPECTED = "a tasks file is a mapping `tasks:` of a task's name to its declaration"
 _BUILTIN = Path(__file__).with_name("builtin")
 _KEYS: dict[tuple[str, ...], list[str]] = {
     (): [name for name in Task.model_fields if name != "name"],
@@ -92,7 +93,7 @@ def _tasks_of(path: Path) -> dict[str, Task]:
     data = _read(path)
     declared = data.get("tasks")
     if set(data) != {"tasks"} or not isinstance(declared, dict) or not declared:
-        raise UserError(f"{path}: a tasks file is a mapping `tasks:` of a task's name to its declaration")
+        raise UserError(f"{path}: {_EXPECTED}")
     problems: list[str] = []
     found = {}
     for name, body in declared.items():
@@ -130,12 +131,4 @@ def _explain(error: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as failure:
-        raise UserError(f"cannot read {path}: {failure.strerror}") from failure
-    except (yaml.YAMLError, UnicodeDecodeError) as failure:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(failure).split())}") from failure
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping")
-    return data
+    return read_mapping(path, "tasks file", _EXPECTED)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cart_hf.recipe.reference import is_task_name
+from cart_hf.recipe.reference import task_name
 
 TEXT, REGRESSION, IMAGE = "text-classification", "text-regression", "image-classification"
 LOGICAL_SPLITS = ("train", "validation", "test")
@@ -70,7 +70,7 @@ class Task(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Annotated[str, AfterValidator(task_name)]
     title: str = ""
     kind: Literal["text-classification", "text-regression", "image-classification"]
     dataset: DatasetSource | None = None
@@ -114,13 +114,6 @@ class Task(BaseModel):
         if any(isinstance(word, bool) for word in value):
             raise ValueError("YAML reads an unquoted yes, no, on or off as true or false: quote it")
         return tuple(str(word) if isinstance(word, int) else word for word in value)
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_a_folder(cls, value: str) -> str:
-        if not is_task_name(value):
-            raise ValueError(f"'{value}' cannot name a task: use letters, digits, '.', '_' and '-'")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Task:
