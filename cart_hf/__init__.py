@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cart_hf.evaluation.api import evaluate
     from cart_hf.evaluation.results import Results
     from cart_hf.multitask import MultiTaskModel
+    from cart_hf.publishing import Pushed, push
     from cart_hf.recipe import Evaluation, Recipe
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Evaluation",
     "MergeResult",
     "MultiTaskModel",
+    "Pushed",
     "Recipe",
     "Results",
     "UserError",
@@ -28,6 +30,7 @@ __all__ = [
     "benchmark",
     "evaluate",
     "merge",
+    "push",
 ]
 
 _HOMES = {
@@ -39,6 +42,8 @@ _HOMES = {
     "merge": "cart_hf.api",
     "MergeResult": "cart_hf.api",
     "MultiTaskModel": "cart_hf.multitask",
+    "push": "cart_hf.publishing",
+    "Pushed": "cart_hf.publishing",
     "Recipe": "cart_hf.recipe",
     "UserError": "cart_hf.errors",
 }

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from cart_hf.device import choose_device
 from cart_hf.errors import UserError
-from cart_hf.merging import Progress, choose_device, default_workers, run
-from cart_hf.output.card import write_card
+from cart_hf.merging import default_workers, run
 from cart_hf.output.folder import WorkFolder, check_inputs, check_space, check_target, tokenizer_source, write_folder
 from cart_hf.output.record import write_record
 from cart_hf.output.writer import WeightWriter
+from cart_hf.parallel import Progress
 from cart_hf.plan import Plan, lay_out, make_plan
-from cart_hf.recipe import Recipe, Reference, recipe_from_flags, refuse_flags
-from cart_hf.sources import Checkpoint, open_checkpoint
+from cart_hf.publishing.card import write_card
+from cart_hf.recipe import Recipe, recipe_from_flags, refuse_flags
+from cart_hf.sources import fetch_weights, open_checkpoints
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,11 @@ def merge(
     chosen = choose_device(device)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
-    plan = plan_merge(recipe)
+    plan = plan_merge(recipe, progress)
     check_inputs(target, plan)
     seconds["plan"] = time.perf_counter() - started
     started = time.perf_counter()
-    for checkpoint in plan.checkpoints:
-        checkpoint.fetch()
+    fetch_weights(plan.checkpoints, progress, beside=(target, plan.nbytes))
     seconds["fetch"] = time.perf_counter() - started
     workers = workers or default_workers(plan, chosen)
     with WorkFolder(target, overwrite=overwrite) as folder:
@@ -121,25 +122,16 @@ def resolved_target(output: str | Path) -> Path:
         raise UserError(f"output '{str(output)[:100]}': {failure}") from failure
 
 
-def plan_merge(recipe: Recipe) -> Plan:
+def plan_merge(recipe: Recipe, progress: Progress | None = None) -> Plan:
     """Open the recipe's models (configurations and headers only) and decide what happens to every tensor.
 
+    :param progress: called with (step, advance, total) while pickles are downloaded, which have no headers to read.
     :raises UserError: with every problem found.
     """
-    problems: list[str] = []
-
-    def opened(name: str, reference: Reference) -> Checkpoint | None:
-        try:
-            return open_checkpoint(name, reference)
-        except UserError as failure:
-            problems.extend(failure.problems)
-            return None
-
-    base = opened("base", recipe.base_model) if recipe.base_model else None
-    models = [opened(entry.name, entry.model) for entry in recipe.models]
-    if problems:
-        raise UserError(problems)
-    plan = make_plan(recipe, base, [model for model in models if model is not None])
+    named = [(entry.name, entry.model) for entry in recipe.models]
+    base = [("base", recipe.base_model)] if recipe.base_model else []
+    checkpoints = open_checkpoints([*base, *named], progress)
+    plan = make_plan(recipe, checkpoints[0] if base else None, checkpoints[len(base) :])
     tokenizer_source(plan)  # a wrong name must be found before the work
     return plan
 
@@ -163,7 +155,7 @@ def _execute(
         seconds["merge"] = time.perf_counter() - started
         write_folder(folder, plan, shards)
         write_record(folder, plan, shards, seconds, str(device))
-        write_card(folder, plan, title)
+        write_card(folder, title)
     except (OSError, SafetensorError) as failure:  # safetensors wraps a full disk in an error of its own
         reason = getattr(failure, "strerror", None) or failure
         raise UserError(f"cannot write the output {folder.parent / title}: {reason}") from failure

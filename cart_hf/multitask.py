@@ -12,6 +12,7 @@ from torch import nn
 
 from cart_hf.errors import UserError, did_you_mean
 from cart_hf.output.folder import HEAD_FILE
+from cart_hf.recipe import Reference
 from cart_hf.zero_shot import DEFAULT_TEMPLATES, cached_class_embeddings, class_embeddings, features
 
 
@@ -36,6 +37,8 @@ class MultiTaskModel(nn.Module):
     :param backbone: the encoder the heads share, or None when there are only zero-shot heads.
     :param heads: a model for each task whose backbone is replaced by the shared one.
     :param clip: a whole CLIP model, for zero-shot heads.
+
+    ``folder`` is where :meth:`from_pretrained` read it: there lie its tokenizer and processor.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class MultiTaskModel(nn.Module):
             self.add_module(f"head_{position}", head)  # task names may hold dots, module names may not
         self._zero_shot: dict[str, str] = {}
         self._labels = {name: _label_names(head) for name, head in self._heads.items()}
-        self._folder: Path | None = None
+        self.folder: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -88,7 +91,7 @@ class MultiTaskModel(nn.Module):
             if not hasattr(clip, "get_text_features"):
                 raise UserError(f"{folder} has neither task heads (tasks/NAME) nor a CLIP text tower")
         loaded = cls(backbone, heads, clip)
-        loaded._folder = path
+        loaded.folder = path
         return loaded.eval()
 
     @property
@@ -125,7 +128,7 @@ class MultiTaskModel(nn.Module):
         if tokenizer is None:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(self._folder)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder)
         if cache is None:
             weight = class_embeddings(self.clip, tokenizer, class_names, templates)
         else:
@@ -206,12 +209,9 @@ def _label_names(model: Any) -> list[str]:
 def _local(folder: str | Path, revision: str | None) -> Path:
     if Path(folder).expanduser().is_dir():
         return Path(folder).expanduser()
-    from huggingface_hub import snapshot_download
+    from cart_hf.sources.hub import download_repository, open_repository
 
-    from cart_hf.sources.hub import explained
-
-    with explained("model", str(folder)):
-        return Path(snapshot_download(str(folder), revision=revision))
+    return download_repository(open_repository("model", Reference(str(folder), revision)))
 
 
 def _own_backbone(model: Any) -> tuple[nn.Module, str]:

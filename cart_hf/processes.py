@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from cart_hf.device import named_device
 from cart_hf.errors import UserError
-from cart_hf.merging.device import named_device
-from cart_hf.merging.parallel import cores
+from cart_hf.parallel import cores
 
 Item = TypeVar("Item")
 

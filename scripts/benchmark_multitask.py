@@ -27,11 +27,11 @@ import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cart_hf.cli.console import quiet_libraries, size
+from cart_hf.device import named_device
 from cart_hf.errors import UserError
 from cart_hf.evaluation.batches import batches, split_into_batches
-from cart_hf.merging import cores
-from cart_hf.merging.device import named_device
 from cart_hf.multitask import MultiTaskModel
+from cart_hf.parallel import cores
 from cart_hf.tables import Table, markdown
 from cart_hf.tasks import IMAGE, Task, find_tasks, load_split
 

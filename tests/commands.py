@@ -1,8 +1,11 @@
-"""The command line called in this process, so that a test does not pay for importing torch again."""
+"""The command line called in this process, so that a test does not pay for importing torch again; and in another one."""
 
 from __future__ import annotations
 
 import io
+import json
+import os
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -10,6 +13,34 @@ from pathlib import Path
 from unittest import mock
 
 from cart_hf.cli import main
+
+# Runs every command line of argv[1] as `cart-hf` would, with KEY=VALUE words before the verb in its environment.
+# Nobody waits long between two tries to reach a hub.
+DRIVER = """
+import io, json, os, sys, time, traceback
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(seconds / 50)
+sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+from cart_hf.cli import main
+answers = []
+for words in json.loads(sys.argv[1]):
+    while "=" in words[0]:
+        key, _, value = words.pop(0).partition("=")
+        os.environ[key] = value
+    sys.argv = ["cart-hf", *words]
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    answers.append([code, sys.stdout.getvalue(), sys.stderr.getvalue()])
+    for stream in (sys.stdout, sys.stderr):
+        stream.seek(0)
+        stream.truncate()
+print(json.dumps(answers), file=sys.__stdout__)
+"""
 
 
 @dataclass(frozen=True)
@@ -85,3 +116,20 @@ def assert_absent(output: Path) -> None:
 def leftovers(output: Path) -> list[Path]:
     """Return the work folders that a merge to ``output`` left behind."""
     return [path for path in output.parent.glob(".*") if path.suffix in (".partial", ".old")]
+
+
+def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
+    """Return an environment whose Hub is ``endpoint`` and whose caches are in ``home``."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+    ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    ours |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1"}
+    return kept | ours | {"PYTHONPATH": str(Path(__file__).parents[1])} | more
+
+
+def run_cli(commands: list[list[str]], endpoint: str, home: Path, **more: str) -> list[Answer]:
+    """Run command lines one after the other in one new process."""
+    command = [sys.executable, "-c", DRIVER, json.dumps(commands)]
+    settings = environment(endpoint, home, **more)
+    done = subprocess.run(command, env=settings, cwd=home.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [Answer(*answer) for answer in json.loads(done.stdout.splitlines()[-1])]

@@ -1,7 +1,8 @@
-"""A small Hugging Face Hub on this machine: model repositories served from folders to the unmodified client.
+"""A small Hugging Face Hub on this machine: repositories served from folders to the unmodified client.
 
-Weight files are LFS files, as on the Hub: the API's host redirects to a "CDN" on another host name, which sees no token.
-Every request is in :attr:`Hub.log`; :meth:`Hub.drop` and :meth:`Hub.fail` break things. An endpoint is a line of :data:`ROUTES`.
+A data set's name starts with ``datasets/``. Weights and Parquet files are LFS files, as on the Hub: the API's host
+redirects to a "CDN" on another host name, which sees no token.
+Every request is in :attr:`Hub.log`; :meth:`Hub.drop`, :meth:`Hub.fail` and :meth:`Hub.spoil` break things. An endpoint is a line of :data:`ROUTES`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS = (".safetensors", ".bin")
+import yaml
+
+LFS = (".safetensors", ".bin", ".parquet")
 MESSAGES = {
     "RepoNotFound": "Repository not found",
     "RevisionNotFound": "Invalid rev id",
@@ -64,7 +67,7 @@ class Repository:
 
 @dataclass
 class Request:
-    """A line of the log: what was asked, and how many bytes of body were sent."""
+    """A line of the log: what was asked, and how many bytes of body were sent and received."""
 
     method: str
     path: str
@@ -72,16 +75,22 @@ class Request:
     token: str | None
     status: int = 0
     sent: int = 0
+    received: int = 0
 
 
 @dataclass
 class Fault:
-    """What befalls the next ``times`` requests that ``when`` picks: see :meth:`Hub.drop` and :meth:`Hub.fail`."""
+    """What befalls the next ``times`` requests that ``when`` picks: see the methods of :class:`Hub` that make one."""
 
     when: Callable[[Request], bool]
     times: int
+    drops: bool = False
     after: int | None = None
     status: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+    garbled: bool = False
+    rangeless: bool = False
+    rate: float | None = None
 
 
 class HubError(Exception):
@@ -128,11 +137,21 @@ class Hub(ThreadingHTTPServer):
 
     def drop(self, when: Callable[[Request], bool], *, times: int = 10**6, after: int | None = None) -> None:
         """Drop the connections that ``when`` picks after ``after`` bytes of body, or before any answer."""
-        self.faults.append(Fault(when, times, after))
+        self.faults.append(Fault(when, times, drops=after is None, after=after))
 
-    def fail(self, when: Callable[[Request], bool], *, status: int, times: int = 10**6) -> None:
+    def fail(
+        self, when: Callable[[Request], bool], *, status: int, times: int = 10**6, headers: Mapping[str, str] = {}
+    ) -> None:
         """Answer the requests that ``when`` picks with a status and a web page, as a proxy in between does."""
-        self.faults.append(Fault(when, times, status=status))
+        self.faults.append(Fault(when, times, status=status, headers=headers))
+
+    def spoil(self, when: Callable[[Request], bool], *, times: int = 10**6, **how: Any) -> None:
+        """Answer the requests that ``when`` picks badly.
+
+        :param how: ``garbled`` (other bytes, as many), ``rangeless`` (all of a file when a range is asked for),
+            ``rate`` (so many bytes a second), and ``after`` as for :meth:`drop`.
+        """
+        self.faults.append(Fault(when, times, **how))
 
     def fault(self, request: Request) -> Fault | None:
         """Return the fault that this request meets, counting it."""
@@ -149,22 +168,27 @@ class Hub(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+H = TypeVar("H", bound=Hub)
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection: finds the route, keeps the log, and turns errors into the Hub's error headers."""
 
     protocol_version = "HTTP/1.1"
     server: Hub
+    body = b""
 
     def do_GET(self) -> None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.request_log = Request(self.command, unquote(self.path), self.headers.get("Range"), token)
+        self.request_log.received = len(self.body)
         self.server.log.append(self.request_log)
-        fault = self.server.fault(self.request_log)
+        self.fault = fault = self.server.fault(self.request_log)
         self.cut_at = fault.after if fault else None
         if fault and fault.status:
-            self.send(fault.status, b"<html>no hub</html>", {"Content-Type": "text/html"})
+            self.send(fault.status, b"<html>no hub</html>", {"Content-Type": "text/html", **fault.headers})
             return
-        if fault and fault.after is None:
+        if fault and fault.drops:
             self.hang_up()
             return
         try:
@@ -185,6 +209,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def do_POST(self) -> None:
+        """Read the body, also of what is then refused: the connection is used again."""
+        self.body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+        self.body = b""
+
+    def do_PUT(self) -> None:
+        self.do_POST()
+
     def send(self, status: int, body: bytes, headers: Mapping[str, str], size: int | None = None) -> None:
         """Answer; ``size`` is the body's length where it is not sent (HEAD)."""
         self.request_log.status = status
@@ -195,10 +228,23 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         body = body[: self.cut_at]
-        self.request_log.sent += len(body)  # before the client can have them, so that a test never reads too early
-        self.wfile.write(body)
+        if self.fault and self.fault.garbled:
+            body = body[::-1]
+        for piece in self.pieces(body):
+            self.request_log.sent += len(piece)  # before the client can have them, so that a test never reads too early
+            self.wfile.write(piece)
         if self.cut_at is not None:
             self.hang_up()
+
+    def pieces(self, body: bytes) -> Iterator[bytes]:
+        """Yield a body as slowly as a fault wants it."""
+        if not self.fault or self.fault.rate is None:
+            yield body
+            return
+        step = max(int(self.fault.rate / 20), 1)
+        for start in range(0, len(body), step):
+            yield body[start : start + step]
+            threading.Event().wait(0.05)  # tests may let time.sleep pass faster
 
     def send_json(self, data: Any) -> None:
         self.send(200, json.dumps(data).encode(), {"Content-Type": "application/json"})
@@ -209,14 +255,16 @@ class Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.request_log.range or "")
         if self.command == "HEAD":
             self.send(200, b"", headers, file.size)
-        elif asked is None:
+        elif asked is None or (self.fault and self.fault.rangeless):
             self.send(200, file.path.read_bytes(), headers)
         elif int(asked[1]) >= file.size:
             raise HubError(416, "", **{"Content-Range": f"bytes */{file.size}"})
         else:
             start, last = int(asked[1]), min(int(asked[2] or file.size), file.size - 1)
             headers["Content-Range"] = f"bytes {start}-{last}/{file.size}"
-            self.send(206, file.path.read_bytes()[start : last + 1], headers)
+            with file.path.open("rb") as data:
+                data.seek(start)
+                self.send(206, data.read(last + 1 - start), headers)
 
     def hang_up(self) -> None:
         self.close_connection = True
@@ -244,14 +292,23 @@ def answer_info(handler: Handler, parts: Mapping[str, str]) -> None:
     repository, commit = find(handler, parts)
     handler.send_json(
         {
-            "id": parts["repo"],
+            "id": parts["repo"].removeprefix("datasets/"),
             "sha": commit,
             "private": repository.private,
             "gated": "auto" if repository.gated else False,
             "tags": [],
+            "cardData": card_data(repository.commits[commit]),
             "siblings": [{"rfilename": name} for name in repository.commits[commit]],
         }
     )
+
+
+def card_data(files: Mapping[str, HubFile]) -> dict[str, Any] | None:
+    """Return the metadata that a commit's README.md begins with."""
+    if "README.md" not in files:
+        return None
+    found = re.match(r"---\n(.*?\n)---\n", files["README.md"].path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return yaml.safe_load(found[1]) if found else None
 
 
 def answer_tree(handler: Handler, parts: Mapping[str, str]) -> None:
@@ -294,17 +351,17 @@ def answer_cdn(handler: Handler, parts: Mapping[str, str]) -> None:
 
 # methods, path, answer; the first that fits is used. Names are quoted in the path: a revision is one part of it.
 ROUTES: list[tuple[tuple[str, ...], str, Callable[[Handler, Mapping[str, str]], None]]] = [
-    (("GET",), r"/api/models/(?P<repo>.+?)/tree/(?P<revision>[^/]+)(?:/(?P<folder>.*))?", answer_tree),
-    (("GET",), r"/api/models/(?P<repo>.+?)(?:/revision/(?P<revision>[^/]+))?", answer_info),
-    (("GET", "HEAD"), r"/cdn/(?P<repo>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<file>.+)", answer_cdn),
+    (("GET",), r"/api/(?:models/)?(?P<repo>.+?)/tree/(?P<revision>[^/]+)(?:/(?P<folder>.*))?", answer_tree),
+    (("GET",), r"/api/(?:models/)?(?P<repo>.+?)(?:/revision/(?P<revision>[^/]+))?", answer_info),
+    (("GET", "HEAD"), r"/cdn/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<file>.+)", answer_cdn),
     (("GET", "HEAD"), r"/(?P<repo>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", answer_file),
 ]
 
 
 @contextmanager
-def serving(tokens: Collection[str] = ()) -> Iterator[Hub]:
+def serving(tokens: Collection[str] = (), kind: type[H] = Hub) -> Iterator[H]:  # type: ignore[assignment]
     """Run a hub in a thread for as long as the block lasts."""
-    with Hub(tokens) as hub:
+    with kind(tokens) as hub:
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:

@@ -235,7 +235,14 @@ def test_edges():
 def test_bad_input_before_any_merge(recipe, change, message, tmp_path):
     change(recipe)
     output = tmp_path / "out"
-    refuse(output, "benchmark", write(tmp_path, recipe), output, naming=[message], count=3 if "split" in message and "dev" in message else 1)
+    refuse(
+        output,
+        "benchmark",
+        write(tmp_path, recipe),
+        output,
+        naming=[message],
+        count=3 if "split" in message and "dev" in message else 1,
+    )
 
 
 def test_an_output_is_not_lost(recipe, tmp_path):

@@ -35,8 +35,8 @@ def terminal_table(rows: Sequence[Row], width: int = 100) -> Any:
     if sum(max(5, *map(len, title.split("\n"))) + 1 for title in titles) > width - 40:
         tasks, titles = [], []
     drawn = RichTable(box=None, pad_edge=False, collapse_padding=True)
-    drawn.add_column("")
-    for title in [*titles, "average", "normalised"]:
+    drawn.add_column("", no_wrap=True)
+    for title in [*titles, "average", "norm."]:
         drawn.add_column(title, justify="right", vertical="bottom")
     for row in rows:
         drawn.add_row(row.name, *_cells(row, tasks), style="bold" if row.method == "cart" else None)

@@ -18,12 +18,12 @@ from cart_hf.evaluation.individual import score_individuals
 from cart_hf.evaluation.model import locate
 from cart_hf.evaluation.results import Results, TaskResult
 from cart_hf.evaluation.run import Outcome, Reader, reader, run_tasks
-from cart_hf.merging import Progress
 from cart_hf.output import check_replaceable
 from cart_hf.output.record import versions
+from cart_hf.parallel import Progress
 from cart_hf.processes import Processes, join
 from cart_hf.recipe import Evaluation, Recipe, Selection, Trial
-from cart_hf.sources import fingerprint
+from cart_hf.sources import fetch_weights, fingerprint
 from cart_hf.tasks import Task, TaskData, find_tasks, known_among
 
 RECIPE_FILE = "recipe.yaml"
@@ -152,8 +152,7 @@ class _Run:
     @cached_property
     def ledger(self) -> Ledger:
         plan = plan_merge(self.recipe)
-        for checkpoint in plan.checkpoints:
-            checkpoint.fetch()
+        fetch_weights(plan.checkpoints)
         weights = {c.name: fingerprint(c.reference, c.commit, c.folder) for c in plan.checkpoints}
         data = [[task.name, sample.read(task).fingerprint] for sample in self.samples for task in self.tasks]
         declared = [task.model_dump(mode="json") for task in self.tasks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -16,6 +17,7 @@ from cart_hf.cli.demo import demo
 from cart_hf.cli.env import env
 from cart_hf.cli.evaluate import evaluate
 from cart_hf.cli.merge import merge
+from cart_hf.cli.push import push
 from cart_hf.cli.recipes import recipes
 from cart_hf.cli.tasks import tasks
 from cart_hf.errors import UserError
@@ -28,7 +30,7 @@ app = cyclopts.App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for verb in (merge, evaluate, benchmark, convert, recipes, tasks, demo, env):
+for verb in (merge, evaluate, benchmark, push, convert, recipes, tasks, demo, env):
     app.command(verb)
 
 
@@ -37,7 +39,7 @@ def main() -> NoReturn:
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except UserError as failure:
-        for problem in failure.problems:
+        for problem in failure.problems if os.environ.get("RANK", "0") == "0" else ():  # a launcher's first process
             print(f"error: {problem}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except cyclopts.CycloptsError as failure:

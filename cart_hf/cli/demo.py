@@ -56,7 +56,7 @@ def demo(
         result = run_demo(output, seed=seed, overwrite=overwrite, progress=bars)
     rows = result.benchmark.rows
     out.print()
-    out.print("Test accuracy in % of one model on 8 tasks (normalised: relative to each task's own model)")
+    out.print("Test accuracy in % of one model on 8 tasks (norm.: relative to each task's own model)")
     out.print()
     out.print(terminal_table(rows))
     out.print()

@@ -19,8 +19,8 @@ def env() -> None:
 
     from cart_hf import __version__
     from cart_hf.cli.console import out
-    from cart_hf.merging import cores
     from cart_hf.output.record import versions
+    from cart_hf.parallel import cores
 
     lines = {
         "cart-hf": __version__,

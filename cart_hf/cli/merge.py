@@ -18,6 +18,7 @@ MODELS = Group("Models")
 METHOD = Group("Method")
 TENSORS = Group("Tensors")
 EXECUTION = Group("Execution")
+HUB = Group("Hub")
 
 Words = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
 Numbers = Annotated[list[float] | None, Parameter(consume_multiple=True, negative=())]
@@ -53,6 +54,8 @@ def merge(
     dry_run: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     print_recipe: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     format: Annotated[Literal["human", "json"], Parameter(group=EXECUTION)] = "human",
+    push_to_hub: Annotated[str | None, Parameter(group=HUB)] = None,
+    private: Annotated[bool | None, Parameter(group=HUB, negative="--public")] = None,
 ) -> None:
     """Merge fine-tuned models into one.
 
@@ -66,6 +69,7 @@ def merge(
         --models tanganke/clip-vit-base-patch32_{sun397,gtsrb,dtd}
     cart-hf merge --base ./roberta --models sst2=./run1 cola=./run2 rte=./run3 --output merged
     cart-hf merge recipe.yaml merged --dry-run
+    cart-hf merge recipe.yaml merged --push-to-hub me/merged --private
     cart-hf merge --base B --models A1 A2 A3 --method ties --density 0.2 --print-recipe
     ```
 
@@ -112,7 +116,7 @@ def merge(
     max_shard_size:
         Largest weight file (default 5GB).
     output:
-        The folder to write (the same as the second argument).
+        The folder to write (the same as the second argument); default with `--push-to-hub`: the repository's name.
     device:
         auto, cpu, cuda, cuda:1, mps ...
     workers:
@@ -125,6 +129,10 @@ def merge(
         Print the recipe that these flags amount to, as YAML, and stop.
     format:
         What stdout gets: a summary for people, or JSON.
+    push_to_hub:
+        Push the output to this repository, `ORG/NAME`, as `cart-hf push` does; whether it may work is found out first.
+    private:
+        Make a new repository private or public; default: the Hub's default for you or the organisation.
     """
     from cart_hf.recipe import Recipe, recipe_from_flags, refuse_flags
 
@@ -165,10 +173,29 @@ def merge(
     if print_recipe:
         print(what.to_yaml(), end="")  # noqa: T201
         return
-    target = output or output_folder
+    target = output or output_folder or (Path(push_to_hub.rpartition("/")[2]) if push_to_hub else None)
     if target is None and not dry_run:
         raise UserError("no output folder: give it after the recipe, or with --output")
-    _merge(what, target, device=device, workers=workers, overwrite=overwrite, dry_run=dry_run, format=format)
+    repo = _checked_repository(push_to_hub, private=private)  # before the work, not after it
+    merged = _merge(what, target, device=device, workers=workers, overwrite=overwrite, dry_run=dry_run, format=format)
+    if merged is not None and repo is not None:
+        from cart_hf.cli.push import push_merged, show
+
+        show(push_merged(merged, repo, private=private), silent=format == "json")
+
+
+def _checked_repository(repo: str | None, *, private: bool | None) -> str | None:
+    """Return the full name of the repository to push to, or None.
+
+    :raises UserError: when a push could not work.
+    """
+    if repo is None:
+        if private is not None:
+            raise UserError("--private and --public are about the repository: name it with --push-to-hub")
+        return None
+    from cart_hf.publishing import check_push
+
+    return check_push(repo, private=private)
 
 
 def _merge(
@@ -180,12 +207,14 @@ def _merge(
     overwrite: bool,
     dry_run: bool,
     format: str,
-) -> None:
+) -> Path | None:
+    """Merge and print what was done; return the output folder, or None after a dry run."""
     import cart_hf
     from cart_hf.api import plan_merge, resolved_target
     from cart_hf.cli import preview
     from cart_hf.cli.console import out, progress_bars, quiet_libraries, size, warn
-    from cart_hf.merging import choose_device, default_workers
+    from cart_hf.device import choose_device
+    from cart_hf.merging import default_workers
     from cart_hf.output import check_target
 
     quiet_libraries()
@@ -200,7 +229,7 @@ def _merge(
             preview.show(plan, threads)
         for warning in plan.warnings:
             warn(warning)
-        return
+        return None
     assert target is not None
     with progress_bars() as bars:
         result = cart_hf.merge(
@@ -210,7 +239,7 @@ def _merge(
         warn(warning)
     if format == "json":
         print((result.output / "merge.json").read_text(encoding="utf-8"), end="")  # noqa: T201
-        return
+        return result.output
     plan = result.plan
     out.print(preview.headline(plan))
     took = result.seconds.get("merge", 0.0)
@@ -222,6 +251,7 @@ def _merge(
         first, kind = plan.first_task
         out.print(f'a task:  transformers.{kind}.from_pretrained("{result.output}", subfolder="tasks/{first}")')
         out.print(f'all:     cart_hf.MultiTaskModel.from_pretrained("{result.output}")')
+    return result.output
 
 
 def _key_values(words: list[str]) -> dict[str, Any]:

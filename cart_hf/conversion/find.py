@@ -81,27 +81,25 @@ def _convertible(files: Iterable[str]) -> list[str]:
 
 def _on_hub(text: str) -> tuple[list[Source], bool]:
     """Find the files of a Hub repository; each is downloaded when it is needed."""
-    from huggingface_hub import HfApi, get_cached_repo_tree
-
-    from cart_hf.sources.hub import explained
+    from cart_hf.sources.download import download
+    from cart_hf.sources.fetch import download_all
+    from cart_hf.sources.hub import open_repository
 
     try:
         reference = Reference.parse(text)
     except ValueError as failure:
         raise UserError(str(failure)) from failure
-    api = HfApi(library_name="cart-hf")
-    with explained("convert", reference):
-        # no file is called so: this resolves the commit and lists its files, from the cache when offline
-        snapshot = api.snapshot_download(reference.path, revision=reference.revision, allow_patterns=["/"])
-        commit = Path(snapshot).name
-        files = [file.path for file in get_cached_repo_tree(reference.path, revision=commit)]
+    repository = open_repository("convert", Reference(reference.path, reference.revision))
+    files = list(repository.files)
 
     def source(file: str, name: str) -> Source:
-        def download() -> Path:
-            with explained("convert", reference):
-                return Path(api.hf_hub_download(reference.path, file, revision=commit))
+        found = repository.files[file]
 
-        return Source(f"{reference.path}/{file}", name, download, commit)
+        def fetch() -> Path:
+            download_all([found])
+            return download(found)  # it is here by now
+
+        return Source(found.label, name, fetch, repository.commit)
 
     inside = reference.subfolder or ""
     if inside in files:

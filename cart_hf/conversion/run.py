@@ -15,7 +15,7 @@ from cart_hf.conversion.find import Source, find_sources
 from cart_hf.conversion.output import check_output, replacing, write_model
 from cart_hf.conversion.plan import Conversion, plan_conversion
 from cart_hf.errors import UserError
-from cart_hf.merging import Progress
+from cart_hf.parallel import Progress
 from cart_hf.recipe import Reference
 from cart_hf.sources import Checkpoint, open_checkpoint
 

@@ -19,8 +19,8 @@ from cart_hf.benchmarking.report import write_files
 from cart_hf.benchmarking.run import BenchmarkResult, benchmark
 from cart_hf.demo.data import TASKS, write_data
 from cart_hf.demo.training import MAX_LENGTH, Training, fine_tune, make_tokenizer, pretrain
-from cart_hf.merging import Progress, cores
 from cart_hf.output import check_replaceable
+from cart_hf.parallel import Progress, cores
 from cart_hf.recipe import Recipe
 
 RECIPE, TIMES = "recipe.yaml", "demo.json"

@@ -13,8 +13,8 @@ from cart_hf.evaluation.model import Located, base_of, declared_evaluation, indi
 from cart_hf.evaluation.results import Results, TaskResult
 from cart_hf.evaluation.run import Outcome, reader, run_tasks
 from cart_hf.evaluation.submission import GLUE_SUITE, Submission
-from cart_hf.merging import Progress
 from cart_hf.multitask import MultiTaskModel
+from cart_hf.parallel import Progress
 from cart_hf.processes import Processes, join
 from cart_hf.recipe import Evaluation
 from cart_hf.tasks import Task, find_tasks, known_among

@@ -14,7 +14,7 @@ from cart_hf.errors import UserError
 from cart_hf.evaluation.model import locate
 from cart_hf.evaluation.results import TaskResult
 from cart_hf.evaluation.run import Outcome, Reader, Report, run_tasks
-from cart_hf.merging import Progress
+from cart_hf.parallel import Progress
 from cart_hf.processes import Processes
 from cart_hf.recipe import Evaluation
 from cart_hf.tasks import Task

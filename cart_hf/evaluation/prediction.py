@@ -12,7 +12,7 @@ import torch
 
 from cart_hf.evaluation.batches import Batch, batches, split_into_batches
 from cart_hf.evaluation.model import Model
-from cart_hf.merging import Progress, cores
+from cart_hf.parallel import Progress, cores
 from cart_hf.processes import Processes
 from cart_hf.tasks import TaskData
 

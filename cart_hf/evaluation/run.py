@@ -18,7 +18,7 @@ from cart_hf.evaluation.model import Located, Model, load
 from cart_hf.evaluation.prediction import predict
 from cart_hf.evaluation.results import TaskResult
 from cart_hf.evaluation.scoring import predicted, scored
-from cart_hf.merging import Progress
+from cart_hf.parallel import Progress
 from cart_hf.processes import Processes
 from cart_hf.recipe import Evaluation
 from cart_hf.sources import fingerprint, tensors_fingerprint

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from cart_hf.merging.parallel import Progress, cores, in_parallel, one_blas_thread
 from cart_hf.merging.pieces import Thresholds, cast, merge_chunk, merge_group
 from cart_hf.merging.survey import magnitude_thresholds
+from cart_hf.parallel import Progress, cores, in_parallel, one_blas_thread
 from cart_hf.plan import Group, Plan, PlannedTensor
 from cart_hf.plan.model import CHUNK
 from cart_hf.sources import element_size

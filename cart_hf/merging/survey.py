@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from cart_hf.linalg import MagnitudeHistogram
-from cart_hf.merging.parallel import Progress, in_parallel
 from cart_hf.merging.pieces import Thresholds, read_input
+from cart_hf.parallel import Progress, in_parallel
 from cart_hf.plan import Plan, PlannedTensor
 from cart_hf.plan.model import CHUNK
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cart_hf import __version__
+from cart_hf.output.origin import Origin, local_origin, origins
 from cart_hf.plan import Plan, Shard
 from cart_hf.recipe import Recipe, Reference
 from cart_hf.sources import Checkpoint
+from cart_hf.sources.download import sha256_in_cache
 
 MERGE_FILE, RECIPE_FILE = "merge.json", "cart_hf.yaml"
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "scipy")
@@ -35,15 +37,20 @@ def resolved_recipe(plan: Plan) -> Recipe:
 
 def record(plan: Plan, shards: list[Shard], seconds: dict[str, float], device: str) -> dict[str, Any]:
     """Return the contents of ``merge.json``."""
+    remote = [(c.reference.path, c.commit) for c in plan.checkpoints if not c.reference.is_local]
+    known = iter(origins(remote))
+    sources = [_source(c, local_origin(c.folder) if c.reference.is_local else next(known)) for c in plan.checkpoints]
     return {
         "cart_hf": __version__,
         "method": plan.method.name,
+        "summary": plan.method.summary,
         "equation": plan.method.equation,
         "citation": plan.method.citation,
         "parameters": plan.recipe.parameters,
         "output_class": plan.output_class,
-        "base": _source(plan.base) if plan.base else None,
-        "models": [_source(model) for model in plan.models],
+        "loader": plan.loader,
+        "base": sources[0] if plan.base else None,
+        "models": sources[len(sources) - len(plan.models) :],
         "counts": {role: plan.count(role) for role in ("low_rank", "elementwise", "average", "base")}
         | {"heads": sum(map(len, plan.heads.values()))},
         "tensors": {
@@ -71,12 +78,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+def _source(checkpoint: Checkpoint, origin: Origin) -> dict[str, Any]:
     return {
         "name": checkpoint.name,
         "reference": str(checkpoint.reference),
+        "hub_id": None if checkpoint.reference.is_local else checkpoint.reference.path,
         "commit": checkpoint.commit,
         "class": checkpoint.architecture.class_name,
+        "origin": origin.to_dict(),
         "ignored_tensors": list(checkpoint.ignored),
         "files": {name: _fingerprint(file.fetch()) for name, file in checkpoint.files.items()},
     }
@@ -87,15 +96,15 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
     In the Hub's cache an LFS file is stored under its own SHA-256, which is then recorded as well.
     """
-    real = path.resolve()
-    size = real.stat().st_size
-    with real.open("rb") as file:
+    size = path.stat().st_size
+    with path.open("rb") as file:
         head = file.read(8)
         length = int.from_bytes(head, "little") if path.suffix == ".safetensors" else 2**16
         digest = hashlib.sha256(head + file.read(min(length, size))).hexdigest()
     found = {"bytes": size, "header_sha256": digest}
-    if len(real.name) == 64 and all(c in "0123456789abcdef" for c in real.name):
-        found["sha256"] = real.name
+    sha256 = sha256_in_cache(path)
+    if sha256 is not None:
+        found["sha256"] = sha256
     return found
 
 

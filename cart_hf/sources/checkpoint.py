@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from cart_hf.errors import UserError, shorten
 from cart_hf.recipe.reference import Reference
 from cart_hf.sources.architecture import Architecture, describe
+from cart_hf.sources.download import RemoteFile
+from cart_hf.sources.fetch import download_all
 from cart_hf.sources.layout import local_weight_files
 from cart_hf.sources.weights import StoredTensor, WeightFile
+
+if TYPE_CHECKING:
+    from cart_hf.parallel import Progress
+
+Result = TypeVar("Result")
+
+_OPENED_AT_A_TIME = 4  # models; the client takes several connections for each
 
 
 @dataclass(frozen=True)
@@ -63,10 +73,25 @@ class Checkpoint:
         tensor = self.tensors[name]
         return tensor.file.read(tensor.key, start, tensor.stored.elements if stop is None else stop)
 
-    def fetch(self) -> None:
+    def fetch(self, progress: Progress | None = None) -> None:
         """Download the weight files that are not on this machine yet."""
-        for file in self.files.values():
-            file.fetch()
+        fetch_weights([self], progress)
+
+
+@dataclass(frozen=True)
+class _Located:
+    """A model whose weight files were not opened yet.
+
+    :param pickles: those that must be downloaded to be opened.
+    """
+
+    name: str
+    reference: Reference
+    commit: str | None
+    folder: Path
+    config: dict[str, Any]
+    open_files: Callable[[], dict[str, WeightFile]]
+    pickles: Sequence[RemoteFile] = ()
 
 
 def open_checkpoint(name: str, reference: Reference) -> Checkpoint:
@@ -75,22 +100,83 @@ def open_checkpoint(name: str, reference: Reference) -> Checkpoint:
     :param name: what to call it in messages: the task's name, or ``base``.
     :raises UserError: when there is no such model, or its configuration, header or files are wrong.
     """
+    (checkpoint,) = open_checkpoints([(name, reference)])
+    return checkpoint
+
+
+def open_checkpoints(models: Sequence[tuple[str, Reference]], progress: Progress | None = None) -> list[Checkpoint]:
+    """Open several models without reading weights; what is asked of the Hub is asked for several at a time.
+
+    :param models: what to call each in messages, and where it is.
+    :param progress: called while pickles are downloaded: their headers cannot be read without them.
+    :raises UserError: with the first problem of every model; no pickle is downloaded when another model has one.
+    """
+    with ThreadPoolExecutor(_OPENED_AT_A_TIME) as pool:
+        located = list(pool.map(lambda model: _attempt(_locate, *model), models))
+        problems = [one.problems if isinstance(one, UserError) else [] for one in located]
+        found: dict[int, Checkpoint] = {}
+        waiting = {i: one for i, one in enumerate(located) if isinstance(one, _Located) and one.pickles}
+        ready = {i: one for i, one in enumerate(located) if isinstance(one, _Located) and not one.pickles}
+        for batch in (ready, waiting):
+            if batch is waiting and any(problems):
+                break
+            download_all((file for one in batch.values() for file in one.pickles), progress)
+            headers = pool.map(lambda one: _attempt(one.open_files), batch.values())
+            for (i, one), files in zip(batch.items(), headers, strict=True):  # described while others are opened
+                checkpoint = files if isinstance(files, UserError) else _attempt(_describe, one, files)
+                if isinstance(checkpoint, UserError):
+                    problems[i] = checkpoint.problems
+                else:
+                    found[i] = checkpoint
+    if any(problems):
+        raise UserError([problem for of_one in problems for problem in of_one])
+    return [found[i] for i in range(len(models))]
+
+
+def fetch_weights(
+    checkpoints: Iterable[Checkpoint], progress: Progress | None = None, *, beside: tuple[Path, int] | None = None
+) -> None:
+    """Download the weight files of several models that are not on this machine yet.
+
+    :param progress, beside: see :func:`cart_hf.sources.fetch.download_all`.
+    :raises UserError: when there is no room, or a file cannot be had.
+    """
+    files = (file.remote for checkpoint in checkpoints for file in checkpoint.files.values())
+    download_all((file for file in files if file is not None), progress, beside=beside)
+
+
+def _attempt(work: Callable[..., Result], *arguments: Any) -> Result | UserError:
+    try:
+        return work(*arguments)
+    except UserError as failure:
+        return failure
+
+
+def _locate(name: str, reference: Reference) -> _Located:
+    """Find a model's files, and read its configuration."""
     if reference.is_local:
         folder = Path(reference.path).expanduser().resolve()
         folder = folder / reference.subfolder if reference.subfolder else folder
         if not folder.is_dir():
             raise UserError(f"{name}: {folder} is not a folder")
-        config, files, commit = _read_config(name, folder, str(folder)), local_weight_files(folder), None
-    else:
-        from cart_hf.sources.hub import open_repository
+        config = _read_config(name, folder, str(folder))
+        return _Located(name, reference, None, folder, config, lambda: local_weight_files(folder))
+    from cart_hf.sources.hub import open_repository
 
-        folder, commit, files_of = open_repository(name, reference)
-        config = _read_config(name, folder, str(reference))
-        files = files_of()
-    label = f"{name} ({reference})"
-    architecture, bare = describe(config, label), describe(config, label, bare=True)
-    tensors, ignored = _by_module_name(name, architecture, bare, files)
-    return Checkpoint(name, reference, commit, folder, config, architecture, tensors, tuple(ignored), files)
+    found = open_repository(name, reference)
+    config = _read_config(name, found.folder, str(reference))
+    pickles = found.missing_pickles()
+    return _Located(name, reference, found.commit, found.folder, config, found.weight_files, pickles)
+
+
+def _describe(one: _Located, files: dict[str, WeightFile]) -> Checkpoint:
+    """Build a model's class and name the tensors of its files."""
+    label = f"{one.name} ({one.reference})"
+    architecture, bare = describe(one.config, label), describe(one.config, label, bare=True)
+    tensors, ignored = _by_module_name(one.name, architecture, bare, files)
+    return Checkpoint(
+        one.name, one.reference, one.commit, one.folder, one.config, architecture, tensors, tuple(ignored), files
+    )
 
 
 def _read_config(name: str, folder: Path, label: str) -> dict[str, Any]:

@@ -2,26 +2,91 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cart_hf.errors import UserError, did_you_mean, shorten
 from cart_hf.recipe.reference import Reference
-from cart_hf.sources.layout import INDEX, LAYOUTS, PICKLE_INDEX, sharded_weight_files
+from cart_hf.sources.download import RemoteFile, cached, download
+from cart_hf.sources.explain import explained
+from cart_hf.sources.fetch import download_all
+from cart_hf.sources.layout import INDEX, LAYOUTS, PICKLE_INDEX, sharded_weight_files, shards_of
+from cart_hf.sources.patience import patiently
 from cart_hf.sources.weights import PickleFile, SafetensorsFile, WeightFile, parse_header
 
+if TYPE_CHECKING:
+    from cart_hf.parallel import Progress
+
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.spm", "merges.txt")
-_HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2")
 
 
-def open_repository(name: str, reference: Reference) -> tuple[Path, str, Callable[[], dict[str, WeightFile]]]:
-    """Resolve a Hub reference and download its small files.
+@dataclass(frozen=True)
+class Repository:
+    """A repository, or a folder of one, at one commit.
 
-    :return: the local folder of the small files, the commit, and a function that opens the weight files' headers (by
-        range requests for those that are not in the cache).
+    :param name: what to call it in messages: the task's name, or ``base``.
+    :param reference: as the user wrote it.
+    :param commit: what its revision was resolved to.
+    :param folder: the local folder of its files; the small ones are there.
+    :param files: all its files, by their path in the folder.
+    """
+
+    name: str
+    reference: Reference
+    commit: str
+    folder: Path
+    files: Mapping[str, RemoteFile]
+
+    def missing_pickles(self) -> list[RemoteFile]:
+        """Return the weight files that must be downloaded before their headers can be read.
+
+        :raises UserError: when it has no weights, or a wrong index of them.
+        """
+        names, _ = self._weights()
+        files = [self.files[name] for name in names if name in self.files and not name.endswith(".safetensors")]
+        return [file for file in files if cached(file) is None]
+
+    def weight_files(self) -> dict[str, WeightFile]:
+        """Open the headers of its weight files, by range requests for those that are not in the cache.
+
+        :raises UserError: when there are none, or one is missing or damaged, or an index is wrong.
+        """
+        names, index = self._weights()
+        if index is None:
+            return {name: self._open(name) for name in names}
+        text = (self.folder / index).read_text(encoding="utf-8")
+        return sharded_weight_files(self.files[index].label, text, self._open, self.files.__contains__)
+
+    def _weights(self) -> tuple[Sequence[str], str | None]:
+        """Return the names of its weight files, and of the index that lists them, if there is one."""
+        layout = next((file for file in LAYOUTS if file in self.files), None)
+        if layout is None:
+            raise UserError(
+                f"{self.name}: {self.reference} holds no weights: looked for {', '.join(LAYOUTS)} "
+                f"(has {shorten(sorted(self.files), 6)})"
+            )
+        if layout not in (INDEX, PICKLE_INDEX):
+            return [layout], None
+        text = (self.folder / layout).read_text(encoding="utf-8")
+        return sorted(set(shards_of(self.files[layout].label, text).values())), layout
+
+    def _open(self, name: str) -> WeightFile:
+        file = self.files[name]
+        local = cached(file)
+        if not name.endswith(".safetensors"):
+            return PickleFile(local or download(file))
+        if local is not None:
+            return SafetensorsFile.open(local)
+        return SafetensorsFile(file.label, parse_header(file.label, _header(file)), partial(download, file), file)
+
+
+def open_repository(name: str, reference: Reference) -> Repository:
+    """Resolve a Hub reference, list its files and download the small ones.
+
+    :param name: what to call it in messages: the task's name, or ``base``.
     :raises UserError: when the repository, revision or subfolder does not exist, is gated, or cannot be reached.
     """
     from huggingface_hub import HfApi, is_offline_mode
@@ -30,140 +95,81 @@ def open_repository(name: str, reference: Reference) -> tuple[Path, str, Callabl
     prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     with explained(name, reference):
         offline = is_offline_mode()
-        revision = api.resolve_revision(reference.path, revision=reference.revision, local_files_only=offline)
-        commit = str(revision.resolved)  # the object itself is a string too: the branch's name
-        snapshot = api.snapshot_download(
-            reference.path,
-            revision=commit,
-            allow_patterns=[prefix + pattern for pattern in SMALL_FILES],
-            ignore_patterns=[f"{prefix}*/*"],  # the star of a pattern matches slashes too
+        revision = patiently(
+            name,
+            lambda: api.resolve_revision(reference.path, revision=reference.revision, local_files_only=offline),
         )
-        everything = _list_files(api, reference, commit, Path(snapshot))
-    present = {path.removeprefix(prefix) for path in everything if path.startswith(prefix)}
-    if prefix and not present:
-        known = sorted({str(PurePosixPath(path).parent) for path in everything if path.endswith("/config.json")})
+        commit = str(revision.resolved)  # the object itself is a string too: the branch's name
+        snapshot = patiently(
+            name,
+            lambda: api.snapshot_download(
+                reference.path,
+                revision=commit,
+                allow_patterns=[prefix + pattern for pattern in SMALL_FILES],
+                ignore_patterns=[f"{prefix}*/*"],  # the star of a pattern matches slashes too
+                tqdm_class=_silent_bar(),
+            ),
+        )
+        everything = patiently(name, lambda: _list_files(api, name, reference, commit, Path(snapshot)))
+    files = {file.path.removeprefix(prefix): file for file in everything if file.path.startswith(prefix)}
+    if prefix and not files:
+        paths = [PurePosixPath(file.path) for file in everything]
+        known = sorted({str(path.parent) for path in paths if path.name == "config.json" and len(path.parts) > 1})
         raise UserError(
             f"{name}: {reference.path} has no folder '{reference.subfolder}' (commit {commit[:8]})"
             + did_you_mean(str(reference.subfolder), known)
         )
-    folder = Path(snapshot) / prefix
-
-    def weight_files() -> dict[str, WeightFile]:
-        with explained(name, reference):
-            return _weight_files(name, reference, commit, folder, present)
-
-    return folder, commit, weight_files
+    return Repository(name, reference, commit, Path(snapshot) / prefix, files)
 
 
-def _list_files(api: Any, reference: Reference, commit: str, snapshot: Path) -> Collection[str]:
+def download_repository(repository: Repository, progress: Progress | None = None) -> Path:
+    """Download all files of a repository, and return its local folder.
+
+    :param progress: see :func:`cart_hf.sources.fetch.download_all`.
+    :raises UserError: when there is no room, or a file cannot be had.
+    """
+    download_all(repository.files.values(), progress)
+    return repository.folder
+
+
+def _list_files(api: Any, name: str, reference: Reference, commit: str, snapshot: Path) -> list[RemoteFile]:
     """List the files of a commit; offline and without a list in the cache, those that are on this machine."""
     from huggingface_hub import errors, get_cached_repo_tree, is_offline_mode
 
     try:
-        return [file.path for file in get_cached_repo_tree(reference.path, revision=commit)]
+        paths = [file.path for file in get_cached_repo_tree(reference.path, revision=commit)]
     except errors.CachedRepoTreeNotFoundError:  # the cache is an older client's, or may not be written
         if is_offline_mode():
-            return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
-        return list(api.list_repo_files(reference.path, revision=commit))
+            paths = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+        else:
+            paths = api.list_repo_files(reference.path, revision=commit)
+    return [RemoteFile(name, reference, commit, path) for path in paths]
 
 
-def _weight_files(
-    name: str, reference: Reference, commit: str, folder: Path, present: Collection[str]
-) -> dict[str, WeightFile]:
-    from huggingface_hub import HfApi, try_to_load_from_cache
+def _silent_bar() -> type:
+    """Return the client's progress bar, disabled: small files are no matter, and several models come at once."""
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):  # type: ignore[misc]
+        """Shows nothing."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **(options | {"disable": True}))
+
+    return Silent
+
+
+def _header(file: RemoteFile) -> dict[str, Any]:
+    """Read the header of a safetensors file on the Hub."""
+    from huggingface_hub import HfApi
 
     api = HfApi(library_name="cart-hf")
-    prefix = f"{reference.subfolder}/" if reference.subfolder else ""
-
-    def download(file: str) -> Path:
-        with explained(name, reference):
-            return Path(api.hf_hub_download(reference.path, prefix + file, revision=commit))
-
-    def open_file(file: str) -> WeightFile:
-        if not file.endswith(".safetensors"):
-            return PickleFile(download(file))
-        local = try_to_load_from_cache(reference.path, prefix + file, revision=commit)
-        if isinstance(local, str):
-            return SafetensorsFile.open(Path(local))
-        metadata = api.parse_safetensors_file_metadata(reference.path, prefix + file, revision=commit)
-        header = {
-            key: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
-            for key, info in metadata.tensors.items()
-        }
-        label = f"{reference.path}/{prefix}{file}"
-        return SafetensorsFile(label, parse_header(label, header), lambda: download(file))
-
-    layout = next((file for file in LAYOUTS if file in present), None)
-    if layout is None:
-        raise UserError(
-            f"{name}: {reference} holds no weights: looked for {', '.join(LAYOUTS)} (has {shorten(sorted(present), 6)})"
+    with explained(file.name, file.reference):
+        found = patiently(
+            file.name,
+            lambda: api.parse_safetensors_file_metadata(file.reference.path, file.path, revision=file.commit),
         )
-    if layout in (INDEX, PICKLE_INDEX):
-        text = (folder / layout).read_text(encoding="utf-8")
-        return sharded_weight_files(f"{reference.path}/{prefix}{layout}", text, open_file, lambda n: n in present)
-    return {layout: open_file(layout)}
-
-
-@contextmanager
-def explained(name: str, reference: Reference | str) -> Iterator[None]:
-    """Turn the Hub client's errors into one message each."""
-    try:
-        yield
-    except Exception as failure:
-        explanation = _explanation(failure, reference if isinstance(reference, str) else reference.path)
-        if explanation is None:
-            raise
-        raise UserError(f"{name}: {reference}{explanation}") from failure
-
-
-def _explanation(failure: Exception, repository: str) -> str | None:
-    """Say what an error means and what to do, or return None when it is not about the Hub."""
-    from huggingface_hub import constants, errors
-
-    page, reason = f"{constants.ENDPOINT}/{repository}", _first_line(failure)
-    missing = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
-    meanings: list[tuple[type[Exception] | tuple[type[Exception], ...], str]] = [
-        (errors.GatedRepoError, f" is gated: accept its terms at {page} and log in (hf auth login)"),
-        (
-            errors.RepositoryNotFoundError,
-            ": no such folder here and no such repository on the Hub; check the spelling, "
-            "and for a private repository log in (hf auth login)",
-        ),
-        (errors.HFValidationError, f": no such folder here, and not a valid Hub id: {reason}"),
-        (errors.RevisionNotFoundError, f": the repository has no such branch, tag or commit; see {page}/tree/main"),
-        (missing, f": not in the local cache, and {_obstacle(failure)}"),
-        (errors.SafetensorsParsingError, f" holds a damaged weight file: {reason}"),
-        ((errors.HfHubHTTPError, OSError), f": {_answer(failure)}"),
-        (
-            json.JSONDecodeError,
-            f": {constants.ENDPOINT} does not answer like a Hub; check HF_ENDPOINT and the network's proxy",
-        ),
-    ]
-    if type(failure).__module__.split(".")[0] in _HTTP_CLIENTS:
-        # a dropped connection reaches us as the HTTP client's own error, which is no OSError
-        return f": the connection to the Hub failed ({reason}); try again, files that are complete are kept"
-    return next((meaning for kinds, meaning in meanings if isinstance(failure, kinds)), None)
-
-
-def _obstacle(failure: Exception) -> str:
-    """Say why something that is not in the cache could not be downloaded."""
-    from huggingface_hub import constants, errors, is_offline_mode
-
-    cause = failure.__cause__
-    if is_offline_mode():
-        return "HF_HUB_OFFLINE forbids downloading it; run once without HF_HUB_OFFLINE"
-    if isinstance(cause, errors.HfHubHTTPError | errors.FileMetadataError):
-        return _answer(cause)
-    why = f" ({_first_line(cause)})" if isinstance(cause, Exception) else ""
-    return f"{constants.ENDPOINT} cannot be reached{why}; check the connection and try again"
-
-
-def _answer(failure: Exception) -> str:
-    """Say what an answer of the Hub, or an error of this machine, means."""
-    if getattr(getattr(failure, "response", None), "status_code", None) == 401:
-        return "the Hub does not know the access token; log in again (hf auth login), or correct HF_TOKEN"
-    return f"the Hub could not be read: {_first_line(failure)}"
-
-
-def _first_line(failure: Exception) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+    return {
+        key: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+        for key, info in found.tensors.items()
+    }

@@ -47,15 +47,8 @@ def sharded_weight_files(
     :param text: the index, as JSON.
     :raises UserError: when the index is damaged, points outside its folder, or names a shard or tensor that is missing.
     """
-    try:
-        weight_map = json.loads(text)["weight_map"]
-        shards = sorted({str(shard) for shard in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as failure:
-        raise UserError(f"{label} is not a valid index of shards; download it again") from failure
-    for shard in shards:
-        path = PurePosixPath(shard.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in shard:
-            raise UserError(f"{label} points outside its folder: '{shard}'; cart-hf reads only the model's own files")
+    weight_map = shards_of(label, text)
+    shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not exists(shard)]
     if missing:
         raise UserError(f"{label} names shards that are missing: {shorten(missing)}; download the model again")
@@ -66,3 +59,21 @@ def sharded_weight_files(
             f"{label} lists tensors that its shards do not hold: {shorten(absent)}; download the model again"
         )
     return files
+
+
+def shards_of(label: str, text: str) -> dict[str, str]:
+    """Return the shard of each tensor that an index names.
+
+    :param label: what to call the index in messages.
+    :param text: the index, as JSON.
+    :raises UserError: when the index is damaged, or points outside its folder.
+    """
+    try:
+        weight_map = {key: str(shard) for key, shard in json.loads(text)["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as failure:
+        raise UserError(f"{label} is not a valid index of shards; download it again") from failure
+    for shard in sorted(set(weight_map.values())):
+        path = PurePosixPath(shard.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in shard:
+            raise UserError(f"{label} points outside its folder: '{shard}'; cart-hf reads only the model's own files")
+    return weight_map

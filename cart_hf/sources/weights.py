@@ -11,12 +11,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from cart_hf.errors import UserError
 from cart_hf.sources.dtypes import DTYPES, dtype_name, element_size
+
+if TYPE_CHECKING:
+    from cart_hf.sources.download import RemoteFile
 
 MAX_HEADER = 100 * 2**20  # safetensors' own limit
 
@@ -54,6 +57,7 @@ class WeightFile(Protocol):
     """A file of named tensors whose header has been read."""
 
     tensors: dict[str, StoredTensor]
+    remote: RemoteFile | None
 
     def fetch(self) -> Path:
         """Bring the file onto this machine, and return its path."""
@@ -70,10 +74,17 @@ class SafetensorsFile:
     :param label: what to call it in messages.
     :param tensors: its header, see :func:`parse_header`.
     :param locate: returns the local path, downloading the file first when it must.
+    :param remote: the file on the Hub, when it is still to be downloaded.
     """
 
-    def __init__(self, label: str, tensors: dict[str, StoredTensor], locate: Callable[[], Path]) -> None:
-        self.tensors = tensors
+    def __init__(
+        self,
+        label: str,
+        tensors: dict[str, StoredTensor],
+        locate: Callable[[], Path],
+        remote: RemoteFile | None = None,
+    ) -> None:
+        self.tensors, self.remote = tensors, remote
         self._label, self._locate = label, locate
         self._descriptor: int | None = None
         self._data_start = 0
@@ -143,6 +154,8 @@ class PickleFile:
 
     :raises UserError: when it holds anything but a mapping from names to tensors.
     """
+
+    remote: RemoteFile | None = None  # to know its tensors is to have it
 
     def __init__(self, path: Path) -> None:
         self._path = path
