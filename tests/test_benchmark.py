@@ -119,7 +119,7 @@ def test_every_number_by_hand(recipe, tmp_path, world):
 def test_files_and_formats(recipe, tmp_path):
     path, output = write(tmp_path, recipe), tmp_path / "out"
     answer = succeed("benchmark", path, output, "--keep-models")
-    for word in ("pretrained", "individual", "weight average", "task arithmetic", "CART, rank 2", "normalised"):
+    for word in ("pretrained", "individual", "weight average", "task arithmetic", "CART, rank 2", "norm."):
         assert word in answer.out
     assert "Chosen by the average score on the validation split" in answer.out.replace("\n", " ")
     saved = json.loads((output / "benchmark.json").read_text())
