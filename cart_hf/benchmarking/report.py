@@ -31,12 +31,12 @@ def terminal_table(rows: Sequence[Row], width: int = 100) -> Any:
     from rich.table import Table as RichTable
 
     tasks = task_names(rows)
-    titles = ["\n".join(name.split("_")[-2:])[:16] for name in tasks]
+    titles = ["\n".join(name.split("_")[:2])[:17] for name in tasks]
     if sum(max(5, *map(len, title.split("\n"))) + 1 for title in titles) > width - 40:
         tasks, titles = [], []
     drawn = RichTable(box=None, pad_edge=False, collapse_padding=True)
     drawn.add_column("", no_wrap=True)
-    for title in [*titles, "average", "norm."]:
+    for title in [*titles, "avg.", "norm."]:
         drawn.add_column(title, justify="right", vertical="bottom")
     for row in rows:
         drawn.add_row(row.name, *_cells(row, tasks), style="bold" if row.method == "cart" else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -209,10 +208,9 @@ def _identity(located: Located, base: str | None, processes: Processes) -> str:
 
 def _settings(identity: str, task: Task, data: TaskData, evaluation: Evaluation) -> dict[str, Any]:
     """Return what two runs must have in common to have the same result."""
-    declared = hashlib.sha256(task.model_dump_json().encode()).hexdigest()[:16]
     return {
         "model": identity,
-        "task": declared,
+        "task": task.digest,
         "data": data.fingerprint,
         "split": data.split,
         "source": data.source,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -89,8 +88,7 @@ def declaration(name: str, result: TaskResult) -> Task | None:
     if not known_among([name]):
         return None
     task = find_tasks([name])[0]
-    digest = hashlib.sha256(task.model_dump_json().encode()).hexdigest()
-    return task if digest.startswith(result.settings.get("task", "-")) else None
+    return task if result.settings.get("task") == task.digest else None
 
 
 def unique(names: Iterable[str]) -> list[str]:

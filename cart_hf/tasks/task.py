@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -146,6 +147,11 @@ class Task(BaseModel):
         if self.classes and self.labels and len(self.classes) != len(self.labels):
             raise ValueError(f"classes: {len(self.classes)} names for {len(self.labels)} labels")
         return self
+
+    @property
+    def digest(self) -> str:
+        """Return a name for exactly this declaration: results of two that differ cannot be compared."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     @property
     def scored_by(self) -> str:
