@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -221,20 +222,13 @@ def _settings(identity: str, task: Task, data: TaskData, evaluation: Evaluation)
     }
 
 
-class _reporting:  # noqa: N801 - reads as a statement
+@contextmanager
+def _reporting(task: Task, report: Report) -> Iterator[None]:
     """Report an error of the task instead of raising it."""
-
-    def __init__(self, task: Task, report: Report) -> None:
-        self._task, self._report = task, report
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, value: BaseException | None, trace: Any) -> bool:
-        if not isinstance(value, Exception):
-            return False
-        self._report(self._task.name, _failed(value))
-        return True
+    try:
+        yield
+    except Exception as failure:
+        report(task.name, _failed(failure))
 
 
 def _failed(failure: Exception) -> Outcome:
