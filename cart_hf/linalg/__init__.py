@@ -1,6 +1,4 @@
-"""Best low-rank approximations and exact order statistics, knowing nothing of models."""
+"""Best low-rank approximations and exact order statistics, knowing nothing of models.
 
-from cart_hf.linalg.low_rank import DecompositionError, rank_for_energy, sum_of_low_rank
-from cart_hf.linalg.magnitude import MagnitudeHistogram
-
-__all__ = ["DecompositionError", "MagnitudeHistogram", "rank_for_energy", "sum_of_low_rank"]
+Import what you need from its files: order statistics do without SciPy, which takes a while to load.
+"""

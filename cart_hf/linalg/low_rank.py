@@ -1,128 +1,107 @@
-"""The weighted sum of best rank-k approximations, by the Gram matrix of the smaller side in float64.
+"""Best low-rank approximations of matrices of any shape, as factors that serve every smaller rank as well.
 
 The best rank-k approximation of D (m x n, m >= n) is ``D V V^T`` with V the top k eigenvectors of ``D^T D``
-(Eckart-Young). Only k eigenvectors are computed, which is several times cheaper than a full SVD; float64 keeps the
-squared condition number harmless (relative error of the result about 1e-7 for float32 input).
+(Eckart-Young), so only k eigenvectors of a small matrix are computed, several times cheaper than a full SVD.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from cart_hf.linalg.symmetric import LapackError, Tridiagonal, gram
+from cart_hf.linalg.gram import LowRank, Solver, best_of_tall, rank_for_energy
 
 
-class DecompositionError(ArithmeticError):
-    """A decomposition did not converge, or its result fails the check."""
+@dataclass(frozen=True)
+class Factors:
+    """The top singular values and vectors of T matrices, largest first: ``left[t] diag(singular[t]) right[t]``.
+
+    :param left: shape (T, m, k), unit columns.
+    :param singular: shape (T, k). Zero, like its vectors, where a matrix has fewer than k directions.
+    :param right: shape (T, k, n), unit rows.
+    :param squares: ``||D_t||_F^2`` of the whole matrices, shape (T,).
+    """
+
+    left: torch.Tensor
+    singular: torch.Tensor
+    right: torch.Tensor
+    squares: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """How many directions there are."""
+        return self.singular.shape[1]
+
+    def ranks(self, *, rank: int | None = None, energy: float | None = None) -> list[int] | None:
+        """Return how many directions of each matrix to keep, or None when more are asked for than there are.
+
+        :param rank: k for all; or ``energy``, the share of each matrix's squared norm to keep.
+        """
+        whole = min(self.left.shape[1], self.right.shape[2])
+        if rank is not None:
+            k = min(rank, whole)
+            return [k] * len(self.singular) if k <= self.rank else None
+        found = [
+            _directions(singular, square, energy or 1.0, all_known=self.rank == whole)
+            for singular, square in zip(self.singular, self.squares.tolist(), strict=True)
+        ]
+        return [k for k in found if k is not None] if None not in found else None
 
 
-def sum_of_low_rank(
-    matrices: torch.Tensor, weight: Sequence[float], *, rank: int | None = None, energy: float | None = None
-) -> torch.Tensor:
-    """Return ``sum_t w_t L_t``, ``L_t`` the best rank-k approximation of ``matrices[t]``.
-
-    The T products are formed as one: with ``V = [V_1 ... V_T]`` and ``B = [w_1 D_1 V_1 ... w_T D_T V_T]`` the sum is
-    ``B V^T``.
+def factorize(
+    matrices: torch.Tensor, *, rank: int | None = None, energy: float | None = None, solver: Solver = "fast"
+) -> Factors:
+    """Return the factors of the best low-rank approximation of each matrix.
 
     :param matrices: shape (T, m, n), float32 or float64, on any device.
-    :param weight: T factors.
     :param rank: k for all matrices, 1 <= k <= min(m, n); give either this or ``energy``.
     :param energy: share of ``||D_t||_F^2`` to keep, in (0, 1]; k is then chosen for each matrix.
+    :param solver: ``fast`` (checked: within 1e-3 of the best approximation) or ``exact`` (within 1e-6).
     :raises DecompositionError: when an eigenproblem fails, or its result is not finite or not orthonormal.
     """
     wide = matrices.shape[1] < matrices.shape[2]
-    tall = matrices.transpose(1, 2) if wide else matrices
-    bases, coordinates = [], []
-    for matrix, w in zip(tall, weight, strict=True):
-        right = top_right_singular_vectors(matrix, rank=rank, energy=energy)
-        if right is not None:
-            bases.append(right)
-            coordinates.append((matrix @ right.T).mul_(w))
-    if not bases:
-        return torch.zeros_like(matrices[0])
-    total = torch.cat(coordinates, dim=1) @ torch.cat(bases)
-    return total.T if wide else total
+    parts = best_of_tall(matrices.mT if wide else matrices, rank=rank, energy=energy, solver=solver)
+    most = max(part.right.shape[0] for part in parts)
+    left, singular, right = (torch.stack(same) for same in zip(*(_padded(part, most) for part in parts), strict=True))
+    squares = torch.tensor([part.square for part in parts], dtype=torch.float64)
+    return Factors(right.mT, singular, left.mT, squares) if wide else Factors(left, singular, right, squares)
 
 
-def top_right_singular_vectors(
-    matrix: torch.Tensor, *, rank: int | None = None, energy: float | None = None
-) -> torch.Tensor | None:
-    """Return the top k right singular vectors as rows, shape (k, n) and ``matrix``'s dtype and device.
+def weighted_sum(factors: Factors, weight: Sequence[float], ranks: Sequence[int] | None = None) -> torch.Tensor:
+    """Return ``sum_t w_t L_t``, ``L_t`` the best approximation of ``D_t`` of rank ``ranks[t]``, shape (m, n).
 
-    :param matrix: shape (m, n), m >= n.
-    :return: None when the matrix is zero: it has no direction to keep.
-    :raises DecompositionError: see :func:`sum_of_low_rank`.
+    The T products are formed as one: ``[w_1 left_1 ... w_T left_T] [right_1; ...; right_T]``.
+
+    :param weight: T numbers.
+    :param ranks: T ranks, none above the factors' own; None: all directions there are.
     """
-    solve = _solve_lapack if matrix.device.type == "cpu" else _solve_torch
-    solution = solve(matrix, rank, energy)
-    if solution is None:
+    kept = list(enumerate(ranks if ranks is not None else [factors.rank] * len(weight)))
+    left = [factors.left[t, :, :k] * (factors.singular[t, :k] * weight[t]) for t, k in kept]
+    return torch.cat(left, dim=1) @ torch.cat([factors.right[t, :k] for t, k in kept])
+
+
+def _padded(part: LowRank, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return left, singular values and right of one tall matrix, vectors of unit length, with zeros up to k."""
+    missing = k - len(part.right)
+    singular = _length(part.left)
+    unit = part.left / torch.where(singular > 0, singular, 1.0)
+    pad = torch.nn.functional.pad
+    return pad(unit, (0, missing)), pad(singular, (0, missing)), pad(part.right, (0, 0, 0, missing))
+
+
+def _length(columns: torch.Tensor) -> torch.Tensor:
+    """Return the columns' Euclidean norms, of any scale: no square over- or underflows."""
+    scale = columns.abs().amax(dim=0)
+    length: torch.Tensor = scale * torch.linalg.vector_norm(columns / torch.where(scale > 0, scale, 1.0), dim=0)
+    return length
+
+
+def _directions(singular: torch.Tensor, square: float, energy: float, *, all_known: bool) -> int | None:
+    """Return the least number of directions that hold the share ``energy`` of ``square``, or None if these do not."""
+    kept = singular.cpu().double().square()
+    rest = 0.0 if all_known else max(square - float(kept.sum()), 0.0)
+    if rest > (1 - energy + 1e-6) * square:  # less is rounding
         return None
-    values, rows = solution
-    _check(values, rows)
-    return rows.to(matrix.dtype)
-
-
-def rank_for_energy(eigenvalues: npt.NDArray[np.float64], energy: float) -> int:
-    """Return the least k whose top k eigenvalues hold ``energy`` of their sum.
-
-    :param eigenvalues: squared singular values, ascending.
-    """
-    descending = np.clip(eigenvalues[::-1], 0.0, None)
-    cumulative = np.cumsum(descending)
-    # Rounding may leave the last cumulated share under 1.0: never ask for more than there are.
-    return min(int(np.searchsorted(cumulative, energy * cumulative[-1] * (1 - 1e-12))) + 1, len(eigenvalues))
-
-
-Solution = tuple[torch.Tensor, torch.Tensor]
-"""The top k eigenvalues of the Gram matrix over its trace, ascending, and their eigenvectors as rows."""
-
-
-def _solve_lapack(matrix: torch.Tensor, rank: int | None, energy: float | None) -> Solution | None:
-    product = gram(matrix.to(torch.float64).contiguous().numpy())
-    trace = _trace(float(product.trace()))
-    if trace == 0.0:
-        return None
-    product /= trace  # eigenvalues in [0, 1]: no scale can over- or underflow
-    try:
-        tridiagonal = Tridiagonal(product)
-        k = rank if rank is not None else rank_for_energy(tridiagonal.eigenvalues(), energy or 1.0)
-        values, rows = tridiagonal.top_eigenpairs(k)
-    except LapackError as failure:
-        raise DecompositionError(str(failure)) from failure
-    return torch.from_numpy(values), torch.from_numpy(rows)
-
-
-def _solve_torch(matrix: torch.Tensor, rank: int | None, energy: float | None) -> Solution | None:
-    # Apple's MPS has no float64: its result is less exact, and checked against a wider tolerance
-    wide = matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
-    product = wide.T @ wide
-    trace = _trace(float(product.trace()))
-    if trace == 0.0:
-        return None
-    try:
-        values, vectors = torch.linalg.eigh(product.div_(trace))
-    except torch.linalg.LinAlgError as failure:  # type: ignore[attr-defined]
-        raise DecompositionError(str(failure)) from failure
-    k = rank if rank is not None else rank_for_energy(values.double().cpu().numpy(), energy or 1.0)
-    return values[-k:], vectors[:, -k:].T.contiguous()
-
-
-def _trace(value: float) -> float:
-    if not np.isfinite(value):
-        raise DecompositionError("the squared norm of the centred matrix is not finite")
-    return value
-
-
-def _check(values: torch.Tensor, rows: torch.Tensor) -> None:
-    """Refuse eigenvectors that are not finite or not of unit length, or eigenvalues outside [0, 1]."""
-    tolerance = 1e-8 if rows.dtype == torch.float64 else 1e-3
-    if not (torch.isfinite(rows).all() and torch.isfinite(values).all()):
-        raise DecompositionError("the eigenvectors are not finite")
-    if float(((rows * rows).sum(dim=1) - 1).abs().max()) > tolerance:
-        raise DecompositionError("the eigenvectors are not of unit length")
-    if float(values.max()) > 1 + tolerance or float(values.min()) < -tolerance:
-        raise DecompositionError("the eigenvalues of a Gram matrix lie between 0 and its trace")
+    return min(rank_for_energy(torch.cat([kept.new_tensor([rest]), kept.flip(0)]).numpy(), energy), len(singular))

@@ -1,68 +1,109 @@
-"""The exact k-th smallest magnitude of a stream of float32 numbers, in two passes and 256 KiB.
+"""The exact k-th smallest magnitude of a stream of float32 numbers, in two passes and little memory.
 
-The bits of a non-negative float32 order as integers do, so the order statistic is found digit by digit: a histogram of
-the upper 15 bits in the first pass, of the lower 16 bits inside the selected bin in the second (a radix select).
+The bits of a non-negative float32 order as integers do. So a histogram of their upper halves tells where the k-th
+smallest lies, and counting each number in that window tells which it is (a radix select). The first pass may be shown
+a sample: its window is then wider, and the second pass tells whether the sample was right.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-LOW_BITS = 16
+_LOW_BITS = 16
+_WITHOUT_SIGN = np.uint32(0x7FFFFFFF)
+
+
+class _Window(NamedTuple):
+    """What is counted: magnitudes by their bits without the lowest ``shift``, ``size`` values from ``start`` on."""
+
+    shift: int
+    start: int
+    size: int
+
+
+_EVERYTHING = _Window(_LOW_BITS, 0, 1 << (31 - _LOW_BITS))
 
 
 class MagnitudeHistogram:
-    """Selects the k-th smallest absolute value of all the numbers it is shown, twice.
+    """Selects the k-th smallest absolute value of all the numbers it is shown.
 
-    Show every number with :meth:`add`, call :meth:`narrow`, show every number again, then read :meth:`value`.
-    Histograms of several workers are joined with :meth:`join`.
+    Show the numbers with :meth:`add`, call :meth:`narrow`, show every number again, then read :meth:`value`.
+    Histograms of several workers or processes are joined with :meth:`join`.
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self._bin: int | None = None
-        self._rank_in_bin = 0
-        self._counts: npt.NDArray[np.int64] = np.zeros(1 << 15, dtype=np.int64)
+        self._window, self._kth = _EVERYTHING, 0
+        self._below = 0
+        self._counts: npt.NDArray[np.int64] | None = None
+        self._places: list[npt.NDArray[np.uint32]] = []  # in the window, not counted yet
 
     def add(self, numbers: torch.Tensor) -> None:
         """Count ``numbers`` (any shape, converted to float32 on the CPU)."""
-        bits = numbers.detach().to("cpu", torch.float32).abs().contiguous().view(torch.int32).flatten().numpy()
-        high = bits >> LOW_BITS
-        if self._bin is None:
-            self.count += bits.size
-            self._counts += np.bincount(high, minlength=len(self._counts))
-        else:
-            low = bits[high == self._bin] & ((1 << LOW_BITS) - 1)
-            self._counts += np.bincount(low, minlength=len(self._counts))
+        stored = numbers.detach().to("cpu", torch.float32).contiguous().view(torch.int32).numpy().reshape(-1)
+        bits = stored.view(np.uint32) & _WITHOUT_SIGN
+        shift, start, size = self._window
+        if start:
+            self._below += int(np.count_nonzero(bits < np.uint32(start)))
+            bits -= np.uint32(start)  # what is smaller than the window wraps around to beyond it
+        self._places.append(bits >> np.uint32(shift) if shift else bits[bits < np.uint32(size)])
 
     def fork(self) -> MagnitudeHistogram:
         """Return an empty histogram for the same pass, for another worker."""
         other = MagnitudeHistogram()
-        other._bin, other._counts = self._bin, np.zeros_like(self._counts)
+        other._window, other._kth = self._window, self._kth
         return other
+
+    def tally(self) -> MagnitudeHistogram:
+        """Count what it was shown: so many numbers at a time are worth the walk through the whole histogram."""
+        if self._places:
+            counts = np.bincount(np.concatenate(self._places), minlength=self._window.size)
+            self._counts = counts if self._counts is None else self._counts + counts
+            self._places = []
+        return self
 
     def join(self, other: MagnitudeHistogram) -> None:
         """Add what ``other`` has counted."""
-        self.count += other.count
-        self._counts += other._counts
+        self._below += other._below
+        mine, theirs = self.tally()._counts, other.tally()._counts
+        if mine is None:
+            self._counts = None if theirs is None else theirs.copy()
+        elif theirs is not None:
+            mine += theirs
 
     @property
-    def narrowed(self) -> bool:
-        """Whether the second pass has started."""
-        return self._bin is not None
+    def count(self) -> int:
+        """How many numbers it was shown in the first pass."""
+        counts = self.tally()._counts
+        return 0 if counts is None else int(counts.sum())
 
-    def narrow(self, k: int) -> None:
-        """Fix the bin that holds the k-th smallest magnitude (1 <= k <= count) and start the second pass."""
-        before = np.cumsum(self._counts)
-        self._bin = int(np.searchsorted(before, k))
-        self._rank_in_bin = k - int(before[self._bin - 1] if self._bin else 0)
-        self._counts = np.zeros(1 << LOW_BITS, dtype=np.int64)
+    def narrow(self, k: int, margin: int = 0) -> None:
+        """Fix the window that holds the k-th smallest magnitude (1 <= k <= count) and start the second pass.
 
-    def value(self) -> float:
-        """Return the k-th smallest magnitude, exactly."""
-        if self._bin is None:
+        :param margin: by how many values of the upper half the window is wider, on either side.
+        """
+        counts = self.tally()._counts
+        if counts is None:
+            raise RuntimeError("add() comes first")
+        before = np.cumsum(counts)
+        middle = int(np.searchsorted(before, k))
+        first, last = max(middle - margin, 0), min(middle + margin, _EVERYTHING.size - 1)
+        self._window = _Window(0, first << _LOW_BITS, (last - first + 1) << _LOW_BITS)
+        self._kth, self._counts = k, None
+
+    def value(self, k: int | None = None) -> float | None:
+        """Return the k-th smallest magnitude, exactly; None when the window does not hold it.
+
+        :param k: default: that of :meth:`narrow`, when the first pass was shown every number.
+        """
+        if self._window == _EVERYTHING:
             raise RuntimeError("narrow() and a second pass come first")
-        low = int(np.searchsorted(np.cumsum(self._counts), self._rank_in_bin))
-        return float(np.array((self._bin << LOW_BITS) | low, dtype=np.int32).view(np.float32))
+        counts = self.tally()._counts
+        rank = (self._kth if k is None else k) - self._below
+        if counts is None or not 1 <= rank <= counts.sum():
+            return None
+        bits = self._window.start + int(np.searchsorted(np.cumsum(counts), rank))
+        return float(np.array(bits, dtype=np.uint32).view(np.float32))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import scipy.linalg.cython_blas as blas
 import scipy.linalg.cython_lapack as lapack
 
-Matrix = npt.NDArray[np.float64]
+Matrix = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
 class LapackError(ArithmeticError):
@@ -56,67 +56,79 @@ def _call_lapack(name: str, *arguments: Any) -> None:
         raise LapackError(f"LAPACK {name} failed (info {info.value})")
 
 
-def gram(matrix: Matrix) -> Matrix:
-    """Return the lower triangle of ``matrix^T matrix`` (BLAS dsyrk: half the work of a product); the rest is zero.
+def _precision(matrix: Matrix) -> tuple[str, Callable[[float], Any]]:
+    """Return the letter that starts the routines' names, and how to pass a number."""
+    return ("s", ctypes.c_float) if matrix.dtype == np.float32 else ("d", ctypes.c_double)
 
-    :param matrix: shape (m, n), float64, C-contiguous.
-    :return: shape (n, n), in Fortran's order.
+
+def gram(matrix: Matrix) -> Matrix:
+    """Return the lower triangle of ``matrix^T matrix`` (BLAS syrk: half the work of a product); the rest is zero.
+
+    :param matrix: shape (m, n), float32 or float64, contiguous in C's order or in Fortran's (a transposed matrix).
+    :return: shape (n, n), of the same type, in Fortran's order.
     """
+    letter, number = _precision(matrix)
     m, n = map(ctypes.c_int, matrix.shape)
-    result: Matrix = np.zeros((n.value, n.value), order="F")
-    # row-major (m, n) is column-major (n, m): A A^T of that is what we want
-    _call("dsyrk", b"L", b"N", n, m, ctypes.c_double(1), matrix, n, ctypes.c_double(0), result, n)
+    result: Matrix = np.zeros((n.value, n.value), order="F", dtype=matrix.dtype)
+    # to Fortran, a row-major (m, n) is a column-major (n, m): the product with its transpose on the right
+    transposed, leading = (b"N", n) if matrix.flags.c_contiguous else (b"T", m)
+    _call(f"{letter}syrk", b"L", transposed, n, m, number(1), matrix, leading, number(0), result, n)
     return result
 
 
 class Tridiagonal:
-    """A symmetric matrix reduced to tridiagonal form ``Q T Q^T`` (LAPACK dsytrd).
+    """A symmetric matrix reduced to tridiagonal form ``Q T Q^T`` (LAPACK sytrd).
 
-    :param matrix: shape (n, n), float64, in Fortran's order, of which the lower triangle is read; overwritten.
+    :param matrix: shape (n, n), float32 or float64, in Fortran's order, of which the lower triangle is read;
+        overwritten.
     """
 
     def __init__(self, matrix: Matrix) -> None:
         n = len(matrix)
+        self._letter, self._number = _precision(matrix)
         self._n = ctypes.c_int(n)
         self._reflectors = matrix
-        self._diagonal, self._off = np.empty(n), np.empty(max(n - 1, 1))
-        self._tau = np.empty(max(n - 1, 1))
-        work = np.empty(max(1, 64 * n))
+        self._diagonal, self._off, self._tau = (self._empty(max(size, 1)) for size in (n, n - 1, n - 1))
+        work = self._empty(64 * n)
         _call_lapack(
-            "dsytrd", b"L", self._n, matrix, self._n, self._diagonal, self._off, self._tau, work,
+            f"{self._letter}sytrd", b"L", self._n, matrix, self._n, self._diagonal, self._off, self._tau, work,
             ctypes.c_int(len(work)),
         )  # fmt: skip
 
-    def eigenvalues(self) -> npt.NDArray[np.float64]:
-        """Return all n eigenvalues, ascending (dsterf)."""
-        values: npt.NDArray[np.float64] = self._diagonal.copy()
+    def _empty(self, *shape: int) -> Matrix:
+        empty: Matrix = np.empty(shape, dtype=self._reflectors.dtype)
+        return empty
+
+    def eigenvalues(self) -> Matrix:
+        """Return all n eigenvalues, ascending (sterf)."""
+        values: Matrix = self._diagonal.copy()
         off = self._off.copy()
-        _call_lapack("dsterf", self._n, values, off)
+        _call_lapack(f"{self._letter}sterf", self._n, values, off)
         return values
 
-    def top_eigenpairs(self, k: int) -> tuple[npt.NDArray[np.float64], Matrix]:
-        """Return the k largest eigenvalues, ascending, and their eigenvectors as rows, shape (k, n) (dstemr, dormtr).
+    def top_eigenpairs(self, k: int) -> tuple[Matrix, Matrix]:
+        """Return the k largest eigenvalues, ascending, and their eigenvectors as rows, shape (k, n) (stemr, ormtr).
 
         :raises LapackError: when a routine fails or finds fewer than k.
         """
         n = self._n.value
-        diagonal, off = self._diagonal.copy(), np.append(self._off[: n - 1], 0.0)
-        values = np.empty(n)
-        rows: Matrix = np.empty((k, n))  # rows in C order are columns in Fortran order
+        diagonal, off = self._diagonal.copy(), self._empty(n)
+        off[: n - 1], off[n - 1] = self._off[: n - 1], 0.0
+        values, rows = self._empty(n), self._empty(k, n)  # rows in C order are columns in Fortran order
         found, try_rac = ctypes.c_int(0), ctypes.c_int(1)
         support = np.empty(2 * max(1, k), dtype=np.intc)
-        work, integers = np.empty(max(1, 18 * n)), np.empty(max(1, 10 * n), dtype=np.intc)
+        work, integers = self._empty(18 * n), np.empty(10 * n, dtype=np.intc)
         _call_lapack(
-            "dstemr", b"V", b"I", self._n, diagonal, off, ctypes.c_double(0), ctypes.c_double(0),
+            f"{self._letter}stemr", b"V", b"I", self._n, diagonal, off, self._number(0), self._number(0),
             ctypes.c_int(n - k + 1), self._n, found, values, rows, self._n, ctypes.c_int(k),
             support, try_rac, work, ctypes.c_int(len(work)), integers,
             ctypes.c_int(len(integers)),
         )  # fmt: skip
         if found.value != k:
-            raise LapackError(f"LAPACK dstemr found {found.value} of {k} eigenpairs")
-        work = np.empty(max(1, 64 * max(n, k)))
+            raise LapackError(f"LAPACK {self._letter}stemr found {found.value} of {k} eigenpairs")
+        work = self._empty(64 * max(n, k))
         _call_lapack(
-            "dormtr", b"L", b"L", b"N", self._n, ctypes.c_int(k), self._reflectors, self._n, self._tau, rows,
-            self._n, work, ctypes.c_int(len(work)),
+            f"{self._letter}ormtr", b"L", b"L", b"N", self._n, ctypes.c_int(k), self._reflectors, self._n, self._tau,
+            rows, self._n, work, ctypes.c_int(len(work)),
         )  # fmt: skip
         return values[:k], rows

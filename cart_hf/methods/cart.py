@@ -12,6 +12,9 @@ from cart_hf.methods.registry import method
 if TYPE_CHECKING:
     import torch
 
+    from cart_hf.linalg.gram import Solver
+    from cart_hf.linalg.low_rank import Factors
+
 RANK_RATIO = Parameter(
     "rank_ratio", 0.08, "rank kept, as a fraction of the smaller dimension", above=0, high=1, planning=True
 )
@@ -24,6 +27,30 @@ ENERGY = Parameter(
     high=1,
     planning=True,
 )
+SOLVER = Parameter(
+    "solver",
+    "fast",
+    "fast: the update within 1e-3 of the truth, checked; exact: within 1e-6",
+    kind="choice",
+    choices=("fast", "exact"),
+)
+
+
+def cart_of_factors(
+    *, centre: torch.Tensor, factors: Factors, ranks: Sequence[int] | None, scale: float, weight: Sequence[float]
+) -> torch.Tensor:
+    """Return the same as :func:`cart`, from the factors of the centred matrices.
+
+    :param centre: shape (m, n); overwritten.
+    :param factors: of the centred matrices, in the models' order.
+    :param ranks: how many directions of each model to keep; None: all.
+    """
+    from cart_hf.linalg.low_rank import weighted_sum
+
+    if ranks is not None and min(ranks) >= min(centre.shape):
+        return centre  # the centred task vectors sum to zero: spare the rounding
+    mean = sum(weight) / len(weight)
+    return centre.add_(weighted_sum(factors, [w / mean for w in weight], ranks), alpha=scale)
 
 
 @method(
@@ -47,6 +74,7 @@ ENERGY = Parameter(
             kind="boolean",
             planning=True,
         ),
+        SOLVER,
     ),
     one_of=("rank_ratio", "rank", "energy"),
     summary="the average plus the scaled low-rank parts of the centred task vectors",
@@ -54,6 +82,7 @@ ENERGY = Parameter(
     citation="Choi et al., Revisiting weight averaging for model merging (arXiv 2412.12153)",
     needs_base=False,
     low_rank=True,
+    of_factors=cart_of_factors,
 )
 def cart(
     *,
@@ -62,6 +91,7 @@ def cart(
     weight: Sequence[float],
     rank: int | None = None,
     energy: float | None = None,
+    solver: Solver = "fast",
 ) -> torch.Tensor:
     """Return ``A + scale * sum_t w_t L_t`` for one matrix (the paper's rule, with weights).
 
@@ -72,14 +102,13 @@ def cart(
     :param models: shape (T, m, n), float32 or float64; overwritten.
     :param rank: k, 1 <= k <= min(m, n); None when ``energy`` decides.
     :param energy: share of each centred matrix's squared Frobenius norm to keep, in (0, 1].
+    :param solver: how the singular directions are found, see :func:`cart_hf.linalg.low_rank.factorize`.
     :raises DecompositionError: when an eigenproblem does not converge or its result is not finite.
     """
-    from cart_hf.linalg import sum_of_low_rank
+    from cart_hf.linalg.low_rank import factorize
 
     centre = average(models=models, weight=weight)
     if rank is not None and rank >= min(centre.shape):
         return centre  # the centred task vectors sum to zero: spare the rounding
-    mean_weight = sum(weight) / len(weight)
-    centred = models.sub_(centre)
-    update = sum_of_low_rank(centred, [w / mean_weight for w in weight], rank=rank, energy=energy)
-    return centre.add_(update, alpha=scale)
+    factors = factorize(models.sub_(centre), rank=rank, energy=energy, solver=solver)
+    return cart_of_factors(centre=centre, factors=factors, ranks=None, scale=scale, weight=weight)

@@ -40,8 +40,12 @@ class Method:
         be given any slice of them.
     :param one_of: names of parameters of which at most one may be given.
     :param survey: name of a statistic over all the tensors of a model which the function needs beforehand.
-    :param random: True when the function takes ``generators``, one seeded generator per model.
+    :param random: True when the function takes ``generators``, one seeded generator per model, which goes on over the
+        slices that the function is given.
     :param title: what people call it, in tables and plots.
+    :param of_factors: the same rule from the factors of the centred matrices, where there is one: called with
+        ``centre``, ``factors`` (:class:`cart_hf.linalg.low_rank.Factors`), ``ranks`` and the declared parameters, but
+        not with ``solver``.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Method:
     random: bool = False
     aliases: tuple[str, ...] = field(default=())
     title: str = ""
+    of_factors: Merge | None = None
 
     def parameter(self, name: str) -> Parameter | None:
         """Return the parameter called ``name`` (or having that alias), or None."""
@@ -84,6 +89,7 @@ def method(
     random: bool = False,
     aliases: tuple[str, ...] = (),
     title: str = "",
+    of_factors: Merge | None = None,
 ) -> Callable[[F], F]:
     """Register the decorated function as the merge method ``name``.
 
@@ -109,6 +115,7 @@ def method(
             random=random,
             aliases=aliases,
             title=title or name,
+            of_factors=of_factors,
         )
         return function
 
