@@ -1,11 +1,14 @@
-"""What is worth keeping between runs: zero-shot heads and the scores of individual models."""
+"""What is worth keeping between runs: zero-shot heads, scores of individual models, descriptions of architectures."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder(name: str) -> Path:
@@ -26,3 +29,22 @@ def write_through(path: Path, write: Callable[[Path], object]) -> None:
             place.replace(path)
         finally:
             place.unlink(missing_ok=True)
+
+
+def keep(path: Path, data: Any) -> None:
+    """Write what JSON can hold, behind its hash."""
+    text = json.dumps(data)
+    write_through(path, lambda place: place.write_text(f"{_hash(text)}\n{text}", encoding="utf-8"))
+
+
+def recall(path: Path) -> Any:
+    """Return what :func:`keep` wrote, or None where there is none, or not all of it."""
+    try:
+        digest, _, text = path.read_text(encoding="utf-8").partition("\n")
+        return json.loads(text) if digest == _hash(text) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _hash(text: str) -> str:
+    return sha256(text.encode()).hexdigest()

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from cart_hf.errors import UserError
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """Return the device that a merge runs on.
-
-    :raises UserError: when the device does not exist here, or a launcher started several processes.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("cart-hf merge runs as one process (it uses every core): start it without a launcher")
-    return named_device(name)
 
 
 def named_device(name: str) -> torch.device:
@@ -24,9 +12,11 @@ def named_device(name: str) -> torch.device:
 
     :raises UserError: when the device does not exist here.
     """
-    from accelerate import PartialState
-
     if name == "auto":
+        if not torch.accelerator.is_available():  # spare the import, a second
+            return torch.device("cpu")
+        from accelerate import PartialState
+
         return torch.device(PartialState().device)
     try:
         device = torch.device(name)

@@ -67,7 +67,7 @@ def assert_close(merged, expected, tolerance=2e-6):
 
 
 def test_cart(family):
-    merged = family.merge(rank_ratio=0.3, scale=1.7)
+    merged = family.merge(rank_ratio=0.3, scale=1.7, solver="exact")
     assert_close(merged, oracle.cart(family.states, family.family, 1.7, ratio=0.3))
     names = {t.name for t in family.result.plan.tensors if t.role == "low_rank"}
     assert names == {n for n in family.states[0] if oracle.is_low_rank(family.family, n)}
@@ -77,7 +77,7 @@ def test_cart(family):
 
 
 def test_cart_by_energy(family):
-    merged = family.merge(energy=0.7, scale=1.3)
+    merged = family.merge(energy=0.7, scale=1.3, solver="exact")
     assert_close(merged, oracle.cart(family.states, family.family, 1.3, energy=0.7))
 
 
@@ -183,7 +183,7 @@ def test_a_model_named_twice_weighs_double(roberta):
 
 
 def test_weighted_cart(roberta):
-    merged = roberta.merge(rank_ratio=0.3, scale=1.5, weights=[3.0, 1.0, 0.5])
+    merged = roberta.merge(rank_ratio=0.3, scale=1.5, weights=[3.0, 1.0, 0.5], solver="exact")
     assert_close(merged, oracle.cart(roberta.states, "roberta", 1.5, ratio=0.3, weights=[3.0, 1.0, 0.5]))
 
 
@@ -242,7 +242,7 @@ def test_float64_arithmetic_is_closer_to_the_truth(roberta):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_inputs_are_merged_in_float32_and_rounded_once(tmp_path, dtype):
     base, models = make_family(tmp_path, "roberta", dtype=dtype)
-    cart_hf.merge(base=base, models=models, output=tmp_path / "out", rank_ratio=0.3, scale=1.7)
+    cart_hf.merge(base=base, models=models, output=tmp_path / "out", rank_ratio=0.3, scale=1.7, solver="exact")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     expected = oracle.cart([oracle.state_of(m) for m in models], "roberta", 1.7, ratio=0.3)
     for key, tensor in merged.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -58,12 +59,17 @@ def progress_bars() -> Iterator[Bars]:
         yield Bars(progress)
 
 
-def quiet_libraries() -> None:
-    """Keep transformers from reporting on stderr what we report better."""
-    import transformers
+def quiet_libraries(*, models: bool = True) -> None:
+    """Keep transformers from reporting on stderr what we report better.
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    :param models: whether models will be loaded; if not, transformers may not be needed: it takes long to import.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if models or "transformers" in sys.modules:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
 
 
 def size(nbytes: float) -> str:

@@ -1,42 +1,85 @@
-"""One piece of work: read the inputs of a tensor (or a slice of it), call the method, cast the result."""
+"""One piece of work: read the inputs of a tensor (or a slice of it), call the method, cast the result.
+
+Element-wise work is bound by memory. So a worker reads every model straight into one buffer that it keeps, a block at a
+time that stays in the core's cache: fresh memory would cost more than the arithmetic, a page fault every 4 KiB.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cart_hf.errors import UserError
-from cart_hf.linalg import DecompositionError
 from cart_hf.methods import get_method
 from cart_hf.plan import Group, Plan, PlannedTensor
 from cart_hf.sources import DTYPES, Checkpoint
 
+if TYPE_CHECKING:
+    from cart_hf.factors import FactorStore
+
 Thresholds = Mapping[tuple[int, str], float]
 """Magnitude below which entries are trimmed, by (model, tensor name)."""
 
+BLOCK = 2**17  # elements of each model that a CPU computes with at a time
+_of_thread = threading.local()
 
-def merge_group(plan: Plan, group: Group, device: torch.device) -> torch.Tensor:
+
+def merge_group(plan: Plan, group: Group, device: torch.device, store: FactorStore | None = None) -> torch.Tensor:
     """Merge a matrix, or matrices stacked row-wise, with a low-rank method.
 
+    :param store: where factors are looked for, and kept.
     :return: shape of the stacked matrix, in the arithmetic's type, on ``device``.
     """
+    from cart_hf.linalg.gram import DecompositionError  # here: element-wise work does without SciPy
+
     first = group.tensors[0]
-    whole = [(0, t.elements) for t in group.tensors]
-    models = torch.stack(
-        [
-            torch.cat(
-                [
-                    read_input(plan, plan.models[i], t.inputs[place][1], span, device).view(t.shape)
-                    for t, span in zip(group.tensors, whole, strict=True)
-                ]
-            )
-            for place, (i, _) in enumerate(first.inputs)
-        ]
-    )
-    return _call(plan, first, models, None, {"rank": first.rank, "energy": first.energy})
+    wanted = {"rank": first.rank, "energy": first.energy}
+    try:
+        if store is None:
+            return plan.method.function(models=_read_group(plan, group, device), **_arguments(plan, first), **wanted)
+        return _merge_by_factors(plan, group, device, store)
+    except DecompositionError as failure:
+        raise RuntimeError(
+            f"{plan.method.name} failed on tensor '{group.name}' (shape {list(group.shape)}): {failure}"
+        ) from failure
+
+
+def _merge_by_factors(plan: Plan, group: Group, device: torch.device, store: FactorStore) -> torch.Tensor:
+    from cart_hf.factors.store import Centred
+    from cart_hf.linalg.low_rank import factorize
+
+    first = group.tensors[0]
+    arguments = _arguments(plan, first)
+    solver = arguments.pop("solver", "fast")
+    centred = store.load(plan, group, device)
+    ranks = centred.factors.ranks(rank=first.rank, energy=first.energy) if centred else None
+    if centred is None or ranks is None:
+        models = _read_group(plan, group, device)
+        centre = get_method("average").function(models=models, weight=arguments["weight"])
+        rank = store.rank(group, first.rank) if first.rank else None
+        factors = factorize(models.sub_(centre), rank=rank, energy=first.energy, solver=solver)
+        centred = Centred(centre, factors)
+        store.keep(plan, group, centred)
+        ranks = factors.ranks(rank=first.rank) if first.rank else None
+    assert plan.method.of_factors is not None  # refused before the work
+    return plan.method.of_factors(centre=centred.centre, factors=centred.factors, ranks=ranks, **arguments)
+
+
+def _read_group(plan: Plan, group: Group, device: torch.device) -> torch.Tensor:
+    """Read the matrices of every model, shape (T, m, n), into this thread's buffer where the device is the CPU."""
+    first = group.tensors[0]
+    models = _buffer(plan, len(first.inputs), math.prod(group.shape))
+    row = 0
+    for tensor in group.tensors:
+        for place, (i, name) in enumerate(tensor.inputs):
+            _read_row(models[place, row : row + tensor.elements], plan.models[i], name, 0)
+        row += tensor.elements
+    return models.view(len(first.inputs), *group.shape).to(device)
 
 
 def merge_chunk(
@@ -46,23 +89,62 @@ def merge_chunk(
 
     :return: 1-D, in the output's type.
     """
-    span = (start, stop)
     if tensor.role == "base":
-        return _copy(plan, tensor, span)
-    models = torch.stack([read_input(plan, plan.models[i], name, span, device) for i, name in tensor.inputs])
+        return _copy(plan, tensor, (start, stop))
+    method, arguments = plan.method, _arguments(plan, tensor)
     if tensor.role == "average":
-        weight = tensor.parameters.get("weight", [1.0] * len(models))
-        normalize = tensor.parameters.get("normalize", True) if plan.method.name == "average" else True
-        return cast(plan, tensor, get_method("average").function(models=models, weight=weight, normalize=normalize))
-    base = None
-    if plan.method.needs_base and plan.base is not None and tensor.base_input is not None:
-        base = read_input(plan, plan.base, tensor.base_input, span, device)
-    extra: dict[str, Any] = {}
-    if plan.method.survey == "magnitude":
-        extra["thresholds"] = [thresholds[i, tensor.name] for i, _ in tensor.inputs]
-    if plan.method.random:
-        extra["generators"] = [_generator(plan, tensor, plan.models[i].name, start) for i, _ in tensor.inputs]
-    return cast(plan, tensor, _call(plan, tensor, models, base, extra))
+        normalize = arguments.get("normalize", True) if method.name == "average" else True
+        arguments = {"weight": arguments.get("weight", [1.0] * len(tensor.inputs)), "normalize": normalize}
+        method = get_method("average")
+    if method.survey == "magnitude":
+        arguments["thresholds"] = [thresholds[i, tensor.name] for i, _ in tensor.inputs]
+    if method.random:  # block by block they go on: what they draw does not depend on the block's size
+        arguments["generators"] = [_generator(plan, tensor, plan.models[i].name, start) for i, _ in tensor.inputs]
+    sources = [(plan.models[i], name) for i, name in tensor.inputs]
+    if method.needs_base and plan.base is not None and tensor.base_input is not None:
+        sources.append((plan.base, tensor.base_input))
+    result = torch.empty(stop - start, dtype=DTYPES[tensor.dtype])
+    step = BLOCK if device.type == "cpu" else stop - start
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        block = read_block(plan, sources, (first, last)).to(device)
+        if len(sources) > len(tensor.inputs):
+            arguments["base"] = block[-1]
+        merged = method.function(models=block[: len(tensor.inputs)], **arguments)
+        result[first - start : last - start] = cast(plan, tensor, merged)
+    return result
+
+
+def read_block(plan: Plan, sources: Sequence[tuple[Checkpoint, str]], span: tuple[int, int]) -> torch.Tensor:
+    """Read a slice of each source, in the arithmetic's type, into this thread's buffer: until the next call.
+
+    :return: shape (sources, elements), on the CPU.
+    :raises UserError: naming tensor and model, when one holds NaN or Inf.
+    """
+    block = _buffer(plan, len(sources), span[1] - span[0])
+    for row, (model, name) in zip(block, sources, strict=True):
+        _read_row(row, model, name, span[0])
+    return block
+
+
+def _buffer(plan: Plan, rows: int, elements: int) -> torch.Tensor:
+    """Return this thread's buffer, shape (rows, elements), in the arithmetic's type."""
+    dtype = _arithmetic(plan)
+    buffer: torch.Tensor | None = getattr(_of_thread, "buffer", None)
+    if buffer is None or buffer.dtype != dtype or buffer.numel() < rows * elements:
+        buffer = _of_thread.buffer = torch.empty(rows * elements, dtype=dtype)
+    return buffer[: rows * elements].view(rows, elements)
+
+
+def _read_row(row: torch.Tensor, model: Checkpoint, name: str, start: int) -> None:
+    """Fill ``row`` (1-D) with a tensor's elements from ``start`` on.
+
+    :raises UserError: naming tensor and model, when they hold NaN or Inf.
+    """
+    for first in range(0, len(row), BLOCK):
+        part = row[first : first + BLOCK]
+        model.read_into(part, name, start + first)
+        refuse_broken(part, model, name)  # now, while it is in the cache
 
 
 def read_input(plan: Plan, model: Checkpoint, name: str, span: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -70,8 +152,7 @@ def read_input(plan: Plan, model: Checkpoint, name: str, span: tuple[int, int], 
 
     :raises UserError: naming tensor and model, when it holds NaN or Inf.
     """
-    dtype = torch.float64 if plan.recipe.dtype == "float64" else torch.float32
-    values = model.read(name, *span).to(device=device, dtype=dtype)
+    values = model.read(name, *span).to(device=device, dtype=_arithmetic(plan))
     refuse_broken(values, model, name)
     return values
 
@@ -109,21 +190,14 @@ def cast(plan: Plan, tensor: PlannedTensor, values: torch.Tensor) -> torch.Tenso
     return result
 
 
-def _call(
-    plan: Plan, tensor: PlannedTensor, models: torch.Tensor, base: torch.Tensor | None, extra: Mapping[str, Any]
-) -> torch.Tensor:
+def _arithmetic(plan: Plan) -> torch.dtype:
+    return torch.float64 if plan.recipe.dtype == "float64" else torch.float32
+
+
+def _arguments(plan: Plan, tensor: PlannedTensor) -> dict[str, Any]:
+    """Return the parameters that the method's function takes."""
     planning = {p.name for p in plan.method.parameters if p.planning}
-    arguments = {name: value for name, value in tensor.parameters.items() if name not in planning}
-    if base is not None:
-        arguments["base"] = base
-    if not plan.method.low_rank:
-        extra = {name: value for name, value in extra.items() if name not in ("rank", "energy")}
-    try:
-        return plan.method.function(models=models, **arguments, **extra)
-    except DecompositionError as failure:
-        raise RuntimeError(
-            f"{plan.method.name} failed on tensor '{tensor.name}' (shape {list(tensor.shape)}): {failure}"
-        ) from failure
+    return {name: value for name, value in tensor.parameters.items() if name not in planning}
 
 
 def _copy(plan: Plan, tensor: PlannedTensor, span: tuple[int, int]) -> torch.Tensor:

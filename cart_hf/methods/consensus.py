@@ -42,12 +42,13 @@ def consensus(
 
     The mask of task t is ``m_t = |τ_t| > λ_t |τ - τ_t|``: where the task's own update is not drowned by the others'.
 
-    :param models: shape (T, ...), float.
+    :param models: shape (T, ...), float; overwritten.
     :param base: shape (...).
     """
     task_vectors = models.sub_(base)
     total = task_vectors.sum(dim=0)
-    votes = base.new_zeros(base.shape)
+    votes = base.new_zeros(base.shape)  # masks are numbers: torch computes with them faster than with booleans
     for task_vector, threshold in zip(task_vectors, mask_threshold, strict=True):
-        votes.add_(task_vector.abs() > (total - task_vector).abs_().mul_(threshold))
-    return total.mul_(votes >= min_tasks).mul_(scale).add_(base)
+        others = (total - task_vector).abs_().mul_(threshold)
+        votes.add_(task_vector.abs_().gt_(others))
+    return total.mul_(votes.ge_(min_tasks)).mul_(scale).add_(base)

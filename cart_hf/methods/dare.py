@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cart_hf.methods.parameters import WEIGHT, Parameter
 from cart_hf.methods.registry import method
-from cart_hf.methods.task_arithmetic import NORMALIZE, SCALE, task_arithmetic
+from cart_hf.methods.task_arithmetic import NORMALIZE, SCALE, add_task_vectors
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +53,13 @@ def dare(
     The division by the density keeps the expectation (the paper's 1/(1-p)); mergekit rescales to the old L1 norm of
     the tensor instead, so its numbers differ.
 
-    :param models: shape (T, ...), float.
+    :param models: shape (T, ...), float; overwritten.
     :param base: shape (...).
     :param generators: T seeded CPU generators; the masks are drawn on the CPU so that every device gives the same.
     """
-    for model, generator, keep in zip(models, generators, density, strict=True):
-        task_vector = model.sub_(base)
-        kept = task_vector.new_empty(task_vector.shape, device="cpu").uniform_(generator=generator) < keep
-        task_vector.mul_(kept.to(task_vector.device))
-        model.mul_(1.0 / keep if rescale else 1.0).add_(base)
-    return task_arithmetic(models=models, base=base, scale=scale, weight=weight, normalize=normalize)
+    for task_vector, generator, keep in zip(models.sub_(base), generators, density, strict=True):
+        drawn = task_vector.new_empty(task_vector.shape, device="cpu").uniform_(generator=generator)
+        task_vector.mul_(drawn.lt_(keep).to(task_vector.device))  # a mask of 0.0 and 1.0
+        if rescale:
+            task_vector.mul_(1.0 / keep)
+    return add_task_vectors(models, base, scale, weight, normalize=normalize)

@@ -39,11 +39,22 @@ def task_arithmetic(
 ) -> torch.Tensor:
     """Return ``base + scale * sum_t w_t (W_t - base)``.
 
-    :param models: shape (T, ...), float.
+    :param models: shape (T, ...), float; overwritten.
     :param base: shape (...).
     :param scale: λ; 0.3 suits eight tasks (methods in the literature search 0.1 to 1).
     """
-    total = (models[0] - base).mul_(weight[0])
-    for model, w in zip(models[1:], weight[1:], strict=True):
-        total.add_(model - base, alpha=w)
+    return add_task_vectors(models.sub_(base), base, scale, weight, normalize=normalize)
+
+
+def add_task_vectors(
+    task_vectors: torch.Tensor, base: torch.Tensor, scale: float, weight: Sequence[float], *, normalize: bool
+) -> torch.Tensor:
+    """Return ``base + scale * sum_t w_t τ_t``.
+
+    :param task_vectors: shape (T, ...), float; overwritten.
+    :param base: shape (...).
+    """
+    total = task_vectors[0].mul_(weight[0])
+    for task_vector, w in zip(task_vectors[1:], weight[1:], strict=True):
+        total.add_(task_vector, alpha=w)
     return total.mul_(scale / sum(weight) if normalize else scale).add_(base)

@@ -45,35 +45,9 @@ def reference_architecture(base: Checkpoint | None, models: Sequence[Checkpoint]
     """
     anchor = base or models[0]
     classes = {c.architecture.class_name for c in (anchor, *models)}
-    if len(classes) == 1 and has_shared_head(anchor.architecture.class_name):
+    if len(classes) == 1 and anchor.architecture.shared_head:
         return anchor.architecture
     return describe(anchor.config, str(anchor.reference), bare=True)
-
-
-def has_shared_head(class_name: str) -> bool:
-    """Whether the class has no head, or one over a shared vocabulary or space: not a task's own classifier."""
-    from transformers.models.auto import modeling_auto as auto
-
-    tables = (
-        auto.MODEL_MAPPING_NAMES,
-        auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-    return class_name.endswith("WithProjection") or any(class_name in _classes(table) for table in tables)
-
-
-def is_bare(class_name: str) -> bool:
-    """Whether the class is what ``AutoModel`` builds: no head at all."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-
-    return class_name in _classes(MODEL_MAPPING_NAMES)
-
-
-def _classes(table: Mapping[str, str | tuple[str, ...]]) -> set[str]:
-    return {name for entry in table.values() for name in ((entry,) if isinstance(entry, str) else entry)}
 
 
 def align(checkpoint: Checkpoint, reference: Architecture, anchor: str, problems: list[str]) -> Aligned:
@@ -106,7 +80,7 @@ def align(checkpoint: Checkpoint, reference: Architecture, anchor: str, problems
         slot, here = canonical(tensor.slot), canonical(name)
         if here and slot in reference.slots:
             backbone[here], slots[here] = name, slot
-        elif here or is_bare(mine.class_name):  # a tensor of the shared part itself, such as another layer's
+        elif here or mine.bare:  # a tensor of the shared part itself, such as another layer's
             surplus.append(name)
         else:
             outside.append(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cart_hf.errors import shorten
 from cart_hf.methods import Method
-from cart_hf.plan.align import Aligned, has_shared_head
+from cart_hf.plan.align import Aligned
 from cart_hf.plan.model import PlannedTensor
 from cart_hf.recipe import Recipe
 from cart_hf.recipe.settings import evaluate, filters, matches_pattern
@@ -18,9 +18,9 @@ MOST_MISMATCHES = 3  # of one pair of models: a model of another width would fil
 
 def check_swapped(base: Checkpoint | None, models: Sequence[Checkpoint], problems: list[str]) -> None:
     """Notice base and models swapped: only the base has a task's head."""
-    if base is None or has_shared_head(base.architecture.class_name):
+    if base is None or base.architecture.shared_head:
         return
-    if all(has_shared_head(model.architecture.class_name) for model in models):
+    if all(model.architecture.shared_head for model in models):
         problems.append(f"only the base ({base.architecture.class_name}) has a task head: are base and models swapped?")
 
 
@@ -146,9 +146,7 @@ def warnings_for(
     types = sorted({s.dtype for s in stored if DTYPES[s.dtype].is_floating_point})
     if len(types) > 1:
         warnings.append(f"the models' weights are stored in different types ({', '.join(types)})")
-    headless = [
-        model.name for model in models if model.name not in heads and not has_shared_head(model.architecture.class_name)
-    ]
+    headless = [model.name for model in models if model.name not in heads and not model.architecture.shared_head]
     if headless:
         warnings.append(f"{shorten(headless)}: the files hold no head, so tasks/NAME is not written")
     vocabularies = {checkpoint.name: _vocabulary(checkpoint) for checkpoint in (*([base] if base else []), *models)}

@@ -12,7 +12,7 @@ from cart_hf.recipe import Recipe
 from cart_hf.sources import Checkpoint, element_size
 
 Role = Literal["low_rank", "elementwise", "average", "base"]
-CHUNK = 2**20  # elements of one tensor that element-wise work reads at a time
+CHUNK = 2**20  # elements of one tensor that are one piece of element-wise work
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class Group:
     """Tensors that are merged in one call: one, or the fused q, k, v of an attention layer."""
 
     tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return self.tensors[0].group or self.tensors[0].name
 
     @property
     def shape(self) -> tuple[int, ...]:

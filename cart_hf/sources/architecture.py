@@ -1,44 +1,28 @@
-"""Architectures, known without weights: the model class built on the meta device, and what its tensors are.
+"""Architectures, known without weights: what the tensors of a model class are.
 
 File keys are not module names (CLIP's vision prefix, ViT, fused experts), and transformers reverses on saving whatever
 renaming it did on loading. So file keys are mapped to module names by transformers' own rules, and two classes of one
 family (RobertaForMaskedLM, RobertaForSequenceClassification) are aligned by the sub-models they share.
+
+What transformers tells of an architecture is kept in our cache, so that a second merge need not import its modelling
+code, which takes seconds.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
-import torch
-
+from cart_hf.cache import cache_folder, keep, recall
 from cart_hf.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
 NAMES_ONLY = ("_name_or_path", "finetuning_task", "transformers_version")
-FUNCTIONAL_SETTINGS = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "activation",
-    "activation_function",
-    "position_embedding_type",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "rms_norm_eps",
-    "rope_theta",
-    "relative_attention",
-    "pos_att_type",
-)
-"""Settings that change what the same tensors compute: models that differ in one cannot be merged."""
 
 
 @dataclass(frozen=True)
@@ -74,55 +58,43 @@ class Slot:
     block: Block | None
 
 
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """A model class with a configuration.
 
-    :param model: the model on the meta device.
+    :param class_name: the class.
+    :param shared_head: whether it has no head, or one over a shared vocabulary or space: not a task's own classifier.
+    :param bare: whether it is what ``AutoModel`` builds: no head at all.
+    :param slots: its tensors by name.
+    :param tied: tensors that are others' copies -> those.
+    :param submodels: class name of every sub-model by path; "" is the model itself.
+    :param settings: what each sub-model computes with its tensors, as far as their shapes do not tell.
+    :param structure, wanted: the configuration, and the class that was asked for.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        from transformers import PreTrainedModel
-
-        self.class_name = type(model).__name__
-        self.slots = _slots(model)
-        self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        # type name of every sub-model by path; "" is the model itself
-        self.submodels: dict[str, str] = {
-            path: type(module).__name__ for path, module in model.named_modules() if isinstance(module, PreTrainedModel)
-        }
-        # what each sub-model computes with its tensors, as far as their shapes do not tell
-        self.settings: dict[str, dict[str, Any]] = {
-            path: {key: getattr(model.get_submodule(path).config, key, None) for key in FUNCTIONAL_SETTINGS}
-            for path in self.submodels
-        }
-        self._model = model
+    class_name: str
+    shared_head: bool
+    bare: bool
+    slots: Mapping[str, Slot]
+    tied: Mapping[str, str]
+    submodels: Mapping[str, str]
+    settings: Mapping[str, Mapping[str, Any]]
+    structure: str = field(repr=False)
+    wanted: str = field(repr=False)
 
     def module_names(self, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """Map a checkpoint's file keys to (module name, slot) by transformers' own rules.
+        """Map a checkpoint's file keys to (module name, slot), see :func:`cart_hf.sources.modelling.module_names`."""
+        keys = sorted(keys)
+        place = _place(self.structure, self.wanted, keys)
+        known = recall(place) if place else None
+        if known is None:
+            from cart_hf.sources import modelling
 
-        The two differ only for tensors that transformers fuses on loading (experts of a mixture): many file tensors
-        then share one slot, and each keeps a name of its own.
-        """
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-
-        # Made anew for each checkpoint, and applied in order: some rules remember what they have matched.
-        rules = get_model_conversion_mapping(self._model)
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-        prefix, state = self._model.base_model_prefix, self._model.state_dict()
-        names: dict[str, tuple[str, str]] = {}
-        for key in sorted(keys):
-            slot, converted = rename_source_key(key, renamings, converters, prefix, state)
-            name = slot
-            if converted is not None:
-                name, _ = rename_source_key(key, renamings, [])
-                unprefixed, _ = rename_source_key(key, renamings, converters)
-                if slot != unprefixed:  # the base model's prefix was added or removed: the same for the name
-                    added = slot.startswith(f"{prefix}.")
-                    name = f"{prefix}.{name}" if added else name.removeprefix(f"{prefix}.")
-            names[key] = name, slot
-        return names
+            model = modelling.build(self.structure, self.wanted)
+            known = modelling.module_names(model, keys)
+            if place and modelling.is_of_libraries(model):
+                keep(place, known)
+        return {key: (name, slot) for key, (name, slot) in known.items()}
 
     def path_of(self, other: Architecture) -> dict[str, str]:
         """Say which sub-models of ``other`` are this architecture's: {path in other: path here}, outermost first.
@@ -141,7 +113,7 @@ class Architecture:
 
 
 def describe(config: Mapping[str, Any], label: str, *, bare: bool = False) -> Architecture:
-    """Build the architecture that a ``config.json`` describes, on the meta device (no memory, no weights).
+    """Describe the architecture of a ``config.json``: as our cache knows it, or as transformers builds it.
 
     :param config: the parsed ``config.json``.
     :param label: whose it is, for messages.
@@ -160,7 +132,7 @@ def describe(config: Mapping[str, Any], label: str, *, bare: bool = False) -> Ar
     # names of models and runs do not change the structure: leave them out of the cache's key
     structural = {key: value for key, value in config.items() if key not in NAMES_ONLY}
     try:
-        return _build(json.dumps(structural, sort_keys=True, default=str), "" if bare or not names else names[0])
+        return _described(json.dumps(structural, sort_keys=True, default=str), "" if bare or not names else names[0])
     except UserError as failure:
         raise UserError([f"{label}: {problem}" for problem in failure.problems]) from failure
 
@@ -175,59 +147,43 @@ def renamed(name: str, paths: Mapping[str, str]) -> str | None:
 
 
 @cache
-def _build(config_json: str, class_name: str) -> Architecture:
-    """Build the architecture once for all models of one configuration; errors do not say whose it is."""
-    import transformers
+def _described(structure: str, wanted: str) -> Architecture:
+    place = _place(structure, wanted)
+    data = recall(place) if place else None
+    if data is None:
+        from cart_hf.sources import modelling
 
-    data = json.loads(config_json)
-    model_type = data.pop("model_type")
-    installed = f"transformers {transformers.__version__}"
-    if model_type not in transformers.CONFIG_MAPPING:
-        reason = (
-            "and needs remote code, which cart-hf never runs" if data.get("auto_map") else "; upgrade transformers?"
-        )
-        raise UserError(f"model type '{model_type}' is unknown to {installed} {reason}".replace(" ;", ";"))
-    config_class = transformers.CONFIG_MAPPING[model_type]
-    model_class = getattr(transformers, class_name, None) if class_name else _bare_class(config_class)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise UserError(f"{installed} has no model class {class_name or model_type} (config.json: architectures)")
-    try:
-        with torch.device("meta"):
-            model = model_class(config_class.from_dict(data))
-    except Exception as failure:  # whatever a configuration or a model raises for values that make no sense
-        reason = " ".join(str(failure).split())[:300]
-        raise UserError(f"transformers cannot build {model_class.__name__} from config.json: {reason}") from failure
-    return Architecture(model)
-
-
-def _bare_class(config_class: type) -> Any:
-    """Return the class without a head that belongs to a configuration, or None."""
-    import transformers
-
-    found = transformers.MODEL_MAPPING.get(config_class, None)
-    return found[0] if isinstance(found, tuple) else found
-
-
-def _slots(model: torch.nn.Module) -> dict[str, Slot]:
-    from transformers.pytorch_utils import Conv1D
-
-    linear: set[str] = set()
-    lists: dict[str, int] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D):
-            linear.add(f"{path}.weight")
-        elif isinstance(module, torch.nn.ModuleList):
-            lists[path] = len(module)
-    return {
-        name: Slot(tuple(tensor.shape), name in linear, _block_of(name, lists))
-        for name, tensor in model.state_dict().items()
+        model = modelling.build(structure, wanted)
+        data = modelling.description(model)
+        if place and modelling.is_of_libraries(model):
+            keep(place, data)
+    slots = {
+        name: Slot(tuple(slot["shape"]), slot["linear"], Block(**slot["block"]) if slot["block"] else None)
+        for name, slot in data["slots"].items()
     }
+    return Architecture(**data | {"slots": slots}, structure=structure, wanted=wanted)
 
 
-def _block_of(name: str, lists: Mapping[str, int]) -> Block | None:
-    """Find the outermost module list that ``name`` lies in."""
-    for match in re.finditer(r"\.(\d+)\.", name):
-        path = name[: match.start()]
-        if path in lists:
-            return Block(path, int(match.group(1)), lists[path])
-    return None
+def _place(structure: str, wanted: str, keys: Iterable[str] = ()) -> Path | None:
+    """Return the file that keeps what is known of a class, or of its names for ``keys``; None where none may.
+
+    Its name is a hash of all that the contents depend on.
+    """
+    about = _makers()
+    if about is None:
+        return None
+    text = json.dumps([about, structure, wanted, list(keys)])
+    return cache_folder("architectures") / f"{sha256(text.encode()).hexdigest()[:40]}.json"
+
+
+@cache
+def _makers() -> str | None:
+    """Return what tells one description from another's: versions, and our own code; None when versions do not."""
+    try:
+        versions = [version("transformers"), version("torch")]
+        code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("architecture.py", "modelling.py"))
+    except (PackageNotFoundError, OSError):
+        return None
+    if any("dev" in one for one in versions):  # code that changes under one version
+        return None
+    return " ".join([*versions, sha256(code).hexdigest()])

@@ -73,6 +73,11 @@ class Checkpoint:
         tensor = self.tensors[name]
         return tensor.file.read(tensor.key, start, tensor.stored.elements if stop is None else stop)
 
+    def read_into(self, out: torch.Tensor, name: str, start: int) -> None:
+        """Fill ``out`` (1-D, contiguous, CPU, any type) with the flattened tensor's elements from ``start`` on."""
+        tensor = self.tensors[name]
+        tensor.file.read_into(out, tensor.key, start)
+
     def fetch(self, progress: Progress | None = None) -> None:
         """Download the weight files that are not on this machine yet."""
         fetch_weights([self], progress)

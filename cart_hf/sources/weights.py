@@ -67,6 +67,10 @@ class WeightFile(Protocol):
         """Return elements ``start`` to ``stop`` of the flattened tensor as a new 1-D tensor of the stored type."""
         ...
 
+    def read_into(self, out: torch.Tensor, key: str, start: int) -> None:
+        """Fill ``out`` (1-D, contiguous, CPU, any type) with the flattened tensor's elements from ``start`` on."""
+        ...
+
 
 class SafetensorsFile:
     """A safetensors file, read by offset (a memory map would count every page read as ours).
@@ -118,18 +122,24 @@ class SafetensorsFile:
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Return elements ``start`` to ``stop`` of the flattened tensor as a new 1-D tensor of the stored type."""
+        out = torch.empty(stop - start, dtype=DTYPES[self.tensors[key].dtype])
+        self.read_into(out, key, start)
+        return out
+
+    def read_into(self, out: torch.Tensor, key: str, start: int) -> None:
+        """Fill ``out`` (1-D, contiguous, CPU, any type) with the flattened tensor's elements from ``start`` on."""
         stored = self.tensors[key]
-        size = element_size(stored.dtype)
-        buffer = torch.empty((stop - start) * size, dtype=torch.uint8)
-        view = memoryview(buffer.numpy().data)
-        offset = stored.start + start * size
+        if out.dtype != DTYPES[stored.dtype]:
+            out.copy_(self.read(key, start, start + len(out)))
+            return
+        view = memoryview(out.view(torch.uint8).numpy().data)
+        offset = stored.start + start * element_size(stored.dtype)
         done = 0
         while done < len(view):
             count = self._read_at(view[done:], offset + done)
             if count == 0:
                 raise UserError(f"{self._label} ends inside tensor '{key}': it was changed or truncated meanwhile")
             done += count
-        return buffer.view(DTYPES[stored.dtype])
 
     def _read_at(self, view: memoryview, offset: int) -> int:
         """Fill ``view`` from ``offset`` (counted from the first tensor byte) and return how much was read."""
@@ -169,6 +179,10 @@ class PickleFile:
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Return elements ``start`` to ``stop`` of the flattened tensor as a new 1-D tensor of the stored type."""
         return self._state[key].reshape(-1)[start:stop].clone()
+
+    def read_into(self, out: torch.Tensor, key: str, start: int) -> None:
+        """Fill ``out`` (1-D, contiguous, CPU, any type) with the flattened tensor's elements from ``start`` on."""
+        out.copy_(self._state[key].reshape(-1)[start : start + len(out)])
 
 
 def parse_header(label: str, header: Any) -> dict[str, StoredTensor]:
