@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-
-from cart_hf.device import choose_device
 from cart_hf.errors import UserError
-from cart_hf.merging import default_workers, run
-from cart_hf.output.folder import WorkFolder, check_inputs, check_space, check_target, tokenizer_source, write_folder
+from cart_hf.merging import Span, default_workers, run
+from cart_hf.output.folder import check_inputs, check_space, check_target, tokenizer_source, write_folder
+from cart_hf.output.journal import Journal, entries
 from cart_hf.output.record import write_record
-from cart_hf.output.writer import WeightWriter
-from cart_hf.parallel import Progress
-from cart_hf.plan import Plan, lay_out, make_plan
+from cart_hf.output.state import State, check_alike
+from cart_hf.output.unfinished import merge_folder, telling
+from cart_hf.output.writer import WeightWriter, allocate, missing_bytes
+from cart_hf.parallel import Progress, in_parallel
+from cart_hf.plan import Plan, Shard, lay_out, make_plan
+from cart_hf.processes import Processes, StoppedError, join
 from cart_hf.publishing.card import write_card
 from cart_hf.recipe import Recipe, recipe_from_flags, refuse_flags
 from cart_hf.sources import fetch_weights, open_checkpoints
@@ -56,10 +57,13 @@ def merge(
     device: str = "auto",
     workers: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     **parameters: Any,
 ) -> MergeResult:
     """Merge fine-tuned models into one.
+
+    Under a launcher (torchrun, accelerate, Slurm) every process calls it, and they share the work.
 
     :param recipe: what to do; or leave it out and give ``models`` and the other arguments, which mean what the keys of
         a recipe mean.
@@ -69,9 +73,10 @@ def merge(
     :param method: name of a merge method; default: ``cart``.
     :param weights: one weight for each model.
     :param device: ``auto``, ``cpu``, ``cuda``, ``mps`` ...
-    :param workers: worker threads; default: one per core. The result does not depend on it.
+    :param workers: worker threads of each process; default: one per core. The result does not depend on it.
     :param overwrite: replace an earlier output of cart-hf.
-    :param progress: called with (step, advance, total) as the work goes on.
+    :param resume: go on with a merge to ``output`` that was killed, if there is one.
+    :param progress: called with (step, advance, total) as the work goes on, in the first process.
     :param parameters: the method's parameters, such as ``rank_ratio=0.08, scale=1.5``.
     :raises UserError: when the recipe or an input is wrong; nothing is then left at ``output``.
     """
@@ -93,21 +98,18 @@ def merge(
     else:
         refuse_flags(settings, parameters)
     target = resolved_target(output)
-    check_target(target, overwrite=overwrite)
     if workers is not None and workers < 1:
         raise UserError(f"workers: must be at least 1, not {workers}")
-    chosen = choose_device(device)
+    processes = join(device)
+    processes.by_main(lambda: check_target(target, overwrite=overwrite))
+    if not processes.is_main:
+        progress = _silent
     seconds: dict[str, float] = {}
-    started = time.perf_counter()
-    plan = plan_merge(recipe, progress)
-    check_inputs(target, plan)
-    seconds["plan"] = time.perf_counter() - started
-    started = time.perf_counter()
-    fetch_weights(plan.checkpoints, progress, beside=(target, plan.nbytes))
-    seconds["fetch"] = time.perf_counter() - started
-    workers = workers or default_workers(plan, chosen)
-    with WorkFolder(target, overwrite=overwrite) as folder:
-        _execute(plan, folder, target.name, chosen, workers, progress, seconds)
+    plan, shards, state = _prepare(recipe, target, processes, progress, seconds)
+    check_alike(processes.gather(state))
+    with processes.entered_by_main(lambda: merge_folder(target, state, overwrite=overwrite, resume=resume)) as folder:
+        workers = workers or default_workers(plan, processes)
+        _execute(plan, shards, folder, target, processes, workers, progress, seconds)
     return MergeResult(target, plan, seconds)
 
 
@@ -136,26 +138,85 @@ def plan_merge(recipe: Recipe, progress: Progress | None = None) -> Plan:
     return plan
 
 
+def _silent(step: str, advance: int, total: int) -> None:
+    """Report nothing; no progress at all would have the Hub's client report in its own way."""
+
+
+def _prepare(
+    recipe: Recipe, target: Path, processes: Processes, progress: Progress | None, seconds: dict[str, float]
+) -> tuple[Plan, list[Shard], State]:
+    """Plan the merge, and bring the weights onto every machine."""
+
+    def prepare() -> tuple[Plan, list[Shard], State]:
+        started = time.perf_counter()
+        plan = plan_merge(recipe, progress)
+        check_inputs(target, plan)
+        seconds["plan"] = time.perf_counter() - started
+        started = time.perf_counter()
+        fetch_weights(plan.checkpoints, progress, beside=(target, plan.nbytes))
+        seconds["fetch"] = time.perf_counter() - started
+        shards = lay_out(plan)
+        return plan, shards, State.of(plan, shards, target, processes.device.type)
+
+    references = [recipe.base_model, *(entry.model for entry in recipe.models)]
+    remote = any(reference is not None and not reference.is_local for reference in references)
+    return processes.everywhere(prepare, in_turns=remote)
+
+
 def _execute(
     plan: Plan,
+    shards: Sequence[Shard],
     folder: Path,
-    title: str,
-    device: torch.device,
+    target: Path,
+    processes: Processes,
     workers: int,
     progress: Progress | None,
     seconds: dict[str, float],
 ) -> None:
-    """Carry out a plan into ``folder``, an empty folder of its own."""
-    shards = lay_out(plan)
-    check_space(folder, sum(shard.nbytes for shard in shards))
+    """Carry out a plan into ``folder``, in a work folder of its own."""
+    work = folder.parent
+    stop = work / "stop"  # a process that fails makes it: the others look for it now and then
     started = time.perf_counter()
-    try:
-        with WeightWriter(folder, shards) as writer:
-            run(plan, device, writer.write, workers=workers, progress=progress)
+
+    @telling(target)
+    def make_room() -> None:
+        stop.unlink(missing_ok=True)
+        check_space(folder, missing_bytes(folder, shards))
+        allocate(folder, shards)
+
+    def check() -> None:
+        if processes.count > 1 and stop.exists():
+            raise StoppedError
+
+    @telling(target)
+    def merge_share() -> None:
+        with Journal(work) as journal, WeightWriter(folder, shards, journal) as writer:
+            done = _done(work, writer, processes, workers)
+            run(plan, processes, writer.write, workers=workers, done=done, check=check, progress=progress)
+
+    @telling(target)
+    def finish() -> None:
         seconds["merge"] = time.perf_counter() - started
         write_folder(folder, plan, shards)
-        write_record(folder, plan, shards, seconds, str(device))
-        write_card(folder, title)
-    except (OSError, SafetensorError) as failure:  # safetensors wraps a full disk in an error of its own
-        reason = getattr(failure, "strerror", None) or failure
-        raise UserError(f"cannot write the output {folder.parent / title}: {reason}") from failure
+        write_record(folder, plan, shards, seconds, processes)
+        write_card(folder, target.name)
+
+    def alarm() -> None:
+        with suppress(OSError):
+            stop.touch()
+
+    processes.by_main(make_room)
+    processes.together(merge_share, alarm)
+    processes.by_main(finish)
+
+
+def _done(work: Path, writer: WeightWriter, processes: Processes, workers: int) -> set[Span]:
+    """Return what is in the output already, of what an earlier merge noted in its journals."""
+    noted = processes.gather(list(dict.fromkeys(entries(work))) if processes.is_main else [])[0]
+    mine = noted[processes.rank :: processes.count]
+
+    def verify(entry: tuple[Span, int]) -> Span | None:
+        return entry[0] if writer.holds(*entry) else None
+
+    found = processes.gather([span for span in in_parallel(verify, mine, workers) if span is not None])
+    return {span for share in found for span in share}

@@ -384,12 +384,6 @@ def test_our_own_mistake(family, tmp_path, monkeypatch):
     assert_absent(tmp_path / "out")
 
 
-def test_several_processes(family, tmp_path, monkeypatch):
-    """``accelerate launch`` with several processes would have them write one folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refuse(tmp_path / "out", *family.arguments("--output", tmp_path / "out"), naming=("one process", "launcher"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The other verbs
 # ---------------------------------------------------------------------------------------------------------------------

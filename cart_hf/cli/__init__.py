@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import cyclopts
 
-from cart_hf import __version__
+from cart_hf import __version__, slurm
 
 # The verbs' modules import torch and transformers inside their functions: `--help` must not wait for them.
 from cart_hf.cli.benchmark import benchmark
@@ -36,16 +36,19 @@ for verb in (merge, evaluate, benchmark, push, convert, recipes, tasks, demo, en
 
 def main() -> NoReturn:
     """Run the command line: exit 0 when done, 2 for the user's mistakes, 1 for anything else."""
+    slurm.adopt()
+    first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except UserError as failure:
-        for problem in failure.problems if os.environ.get("RANK", "0") == "0" else ():  # a launcher's first process
+        for problem in failure.problems if first else ():
             print(f"error: {problem}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except cyclopts.CycloptsError as failure:
         print(f"error: {' '.join(str(failure).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)  # noqa: T201
+        if first:
+            print("interrupted; nothing was written", file=sys.stderr)  # noqa: T201
         sys.exit(130)
     sys.exit(0)

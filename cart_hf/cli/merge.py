@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,7 +52,9 @@ def merge(
     output: Annotated[Path | None, Parameter(group=EXECUTION)] = None,
     device: Annotated[str, Parameter(group=EXECUTION)] = "auto",
     workers: Annotated[int | None, Parameter(group=EXECUTION, validator=Number(gte=1))] = None,
+    num_processes: Annotated[int, Parameter(group=EXECUTION, validator=Number(gte=1))] = 1,
     overwrite: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
+    resume: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     dry_run: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     print_recipe: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     format: Annotated[Literal["human", "json"], Parameter(group=EXECUTION)] = "human",
@@ -60,7 +64,8 @@ def merge(
     """Merge fine-tuned models into one.
 
     Give a recipe file, or `--base` and `--models`. A model is a Hub id, `id@revision`, `org/name/sub/folder`, or a
-    local folder; `NAME=REF` names its task.
+    local folder; `NAME=REF` names its task. Under `torchrun`, `accelerate launch` or `srun` the work is shared out; the
+    bytes written do not depend on it.
 
     **Examples**
 
@@ -69,6 +74,7 @@ def merge(
         --models tanganke/clip-vit-base-patch32_{sun397,gtsrb,dtd}
     cart-hf merge --base ./roberta --models sst2=./run1 cola=./run2 rte=./run3 --output merged
     cart-hf merge recipe.yaml merged --dry-run
+    cart-hf merge recipe.yaml merged --num-processes 4 --resume
     cart-hf merge recipe.yaml merged --push-to-hub me/merged --private
     cart-hf merge --base B --models A1 A2 A3 --method ties --density 0.2 --print-recipe
     ```
@@ -120,9 +126,13 @@ def merge(
     device:
         auto, cpu, cuda, cuda:1, mps ...
     workers:
-        Worker threads; default: one per core. The bytes written do not depend on it.
+        Worker threads of each process; default: one per core. The bytes written do not depend on it.
+    num_processes:
+        Processes on this machine that share the work (one per GPU, or several on the CPU).
     overwrite:
         Replace an earlier output of cart-hf.
+    resume:
+        Go on with a merge to the same folder that was killed; without one, just start.
     dry_run:
         Read configurations and headers only, print the plan, write nothing.
     print_recipe:
@@ -134,12 +144,12 @@ def merge(
     private:
         Make a new repository private or public; default: the Hub's default for you or the organisation.
     """
+    from cart_hf.processes import is_main
     from cart_hf.recipe import Recipe, recipe_from_flags, refuse_flags
 
     if recipe is not None and output_folder is None and models and not recipe.is_file():
         recipe, output_folder = None, recipe  # `cart-hf merge OUT --base B --models A1 A2`
-    if output is not None and output_folder is not None:
-        raise UserError(f"two outputs: {output_folder} and --output {output}; give one")
+    target = _target(output, output_folder, push_to_hub)
     parameters: dict[str, Any] = {
         "rank_ratio": rank_ratio,
         "rank": int(rank) if rank is not None and rank.is_integer() else rank,
@@ -173,18 +183,33 @@ def merge(
     if print_recipe:
         print(what.to_yaml(), end="")  # noqa: T201
         return
-    target = output or output_folder or (Path(push_to_hub.rpartition("/")[2]) if push_to_hub else None)
     if target is None and not dry_run:
         raise UserError("no output folder: give it after the recipe, or with --output")
-    repo = _checked_repository(push_to_hub, private=private)  # before the work, not after it
-    merged = _merge(what, target, device=device, workers=workers, overwrite=overwrite, dry_run=dry_run, format=format)
-    if merged is not None and repo is not None:
-        from cart_hf.cli.push import push_merged, show
+    repo = _checked_repository(push_to_hub, device, private=private)  # before the work, not after it
+    if target is None or dry_run:
+        _preview(what, target, device=device, workers=workers, overwrite=overwrite, format=format)
+        return
+    arguments = {"device": device, "workers": workers, "overwrite": overwrite, "resume": resume}
+    merged = _merge(what, target, num_processes, arguments)
+    if is_main():
+        _tell(merged, format)
+        if repo is not None:
+            from cart_hf.cli.push import push_merged, show
 
-        show(push_merged(merged, repo, private=private), silent=format == "json")
+            show(push_merged(merged.output, repo, private=private), silent=format == "json")
 
 
-def _checked_repository(repo: str | None, *, private: bool | None) -> str | None:
+def _target(output: Path | None, argument: Path | None, repo: str | None) -> Path | None:
+    """Return the folder to write, if one is named.
+
+    :raises UserError: when there are two.
+    """
+    if output is not None and argument is not None:
+        raise UserError(f"two outputs: {argument} and --output {output}; give one")
+    return output or argument or (Path(repo.rpartition("/")[2]) if repo else None)
+
+
+def _checked_repository(repo: str | None, device: str, *, private: bool | None) -> str | None:
     """Return the full name of the repository to push to, or None.
 
     :raises UserError: when a push could not work.
@@ -193,65 +218,113 @@ def _checked_repository(repo: str | None, *, private: bool | None) -> str | None
         if private is not None:
             raise UserError("--private and --public are about the repository: name it with --push-to-hub")
         return None
+    from cart_hf.processes import join
     from cart_hf.publishing import check_push
 
-    return check_push(repo, private=private)
+    return join(device).by_main(lambda: check_push(repo, private=private))
 
 
-def _merge(
-    recipe: Recipe,
-    target: Path | None,
-    *,
-    device: str,
-    workers: int | None,
-    overwrite: bool,
-    dry_run: bool,
-    format: str,
-) -> Path | None:
-    """Merge and print what was done; return the output folder, or None after a dry run."""
-    import cart_hf
+def _preview(
+    recipe: Recipe, target: Path | None, *, device: str, workers: int | None, overwrite: bool, format: str
+) -> None:
+    """Print the plan, in the first process."""
     from cart_hf.api import plan_merge, resolved_target
     from cart_hf.cli import preview
-    from cart_hf.cli.console import out, progress_bars, quiet_libraries, size, warn
-    from cart_hf.device import choose_device
+    from cart_hf.cli.console import quiet_libraries, warn
     from cart_hf.merging import default_workers
     from cart_hf.output import check_target
+    from cart_hf.processes import join
 
-    quiet_libraries()
-    if dry_run:
+    processes = join(device)
+
+    def show() -> None:
         if target is not None:
             check_target(resolved_target(target), overwrite=overwrite)
         plan = plan_merge(recipe)
-        threads = workers or default_workers(plan, choose_device(device))
+        threads = workers or default_workers(plan, processes)
         if format == "json":
             print(json.dumps(preview.as_json(plan, threads), indent=2))  # noqa: T201
         else:
             preview.show(plan, threads)
         for warning in plan.warnings:
             warn(warning)
-        return None
-    assert target is not None
+
+    quiet_libraries(models=False)
+    processes.by_main(show)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What is told of a merge.
+
+    :param output: the output folder.
+    :param warnings: what the user should know.
+    :param lines: what was done, for people.
+    """
+
+    output: Path
+    warnings: tuple[str, ...]
+    lines: tuple[str, ...]
+
+
+def _merge(recipe: Recipe, target: Path, count: int, arguments: dict[str, Any]) -> Merged:
+    """Merge in ``count`` processes, or in this one's share of the work; say where a merge can be continued."""
+    from cart_hf.api import resolved_target
+    from cart_hf.cli.console import err, warn
+    from cart_hf.output import unfinished
+    from cart_hf.processes import is_main, launch
+
+    place = resolved_target(target)
+    if is_main() and not arguments["resume"] and unfinished(place):
+        warn(f"a merge to {place} was interrupted: --resume would continue it; this one starts afresh")
+    try:
+        if count > 1:
+            merged: Merged = launch(share, count, recipe=recipe, target=target, arguments=arguments)
+            return merged
+        return share(recipe, target, arguments)
+    except (KeyboardInterrupt, Exception) as failure:
+        if not isinstance(failure, UserError) and is_main() and unfinished(place):
+            err.print("interrupted; the same command with --resume continues")
+            if isinstance(failure, KeyboardInterrupt):
+                sys.exit(130)
+        raise
+
+
+def share(recipe: Recipe, target: Path, arguments: dict[str, Any]) -> Merged:
+    """Merge with progress bars, in this process's share of the work."""
+    import cart_hf
+    from cart_hf.cli import preview
+    from cart_hf.cli.console import progress_bars, quiet_libraries, size
+
+    quiet_libraries(models=False)
     with progress_bars() as bars:
-        result = cart_hf.merge(
-            recipe, output=target, device=device, workers=workers, overwrite=overwrite, progress=bars
-        )
-    for warning in result.plan.warnings:
-        warn(warning)
-    if format == "json":
-        print((result.output / "merge.json").read_text(encoding="utf-8"), end="")  # noqa: T201
-        return result.output
-    plan = result.plan
-    out.print(preview.headline(plan))
-    took = result.seconds.get("merge", 0.0)
-    out.print(
-        f"wrote {size(plan.nbytes)} to {result.output} in {sum(result.seconds.values()):.1f} s ({took:.1f} s merging)"
-    )
-    out.print(f'load it: transformers.{plan.loader}.from_pretrained("{result.output}")')
+        result = cart_hf.merge(recipe, output=target, progress=bars, **arguments)
+    plan, seconds = result.plan, result.seconds
+    lines = [
+        preview.headline(plan),
+        f"wrote {size(plan.nbytes)} to {result.output} in {sum(seconds.values()):.1f} s "
+        f"({seconds.get('merge', 0.0):.1f} s merging)",
+        f'load it: transformers.{plan.loader}.from_pretrained("{result.output}")',
+    ]
     if plan.first_task:
         first, kind = plan.first_task
-        out.print(f'a task:  transformers.{kind}.from_pretrained("{result.output}", subfolder="tasks/{first}")')
-        out.print(f'all:     cart_hf.MultiTaskModel.from_pretrained("{result.output}")')
-    return result.output
+        lines += [
+            f'a task:  transformers.{kind}.from_pretrained("{result.output}", subfolder="tasks/{first}")',
+            f'all:     cart_hf.MultiTaskModel.from_pretrained("{result.output}")',
+        ]
+    return Merged(result.output, plan.warnings, tuple(lines))
+
+
+def _tell(merged: Merged, format: str) -> None:
+    """Print what was done."""
+    from cart_hf.cli.console import out, warn
+
+    for warning in merged.warnings:
+        warn(warning)
+    if format == "json":
+        print((merged.output / "merge.json").read_text(encoding="utf-8"), end="")  # noqa: T201
+    else:
+        out.print("\n".join(merged.lines))
 
 
 def _key_values(words: list[str]) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,7 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
 )  # fmt: skip
 OTHER_FILES = ("generation_config.json",)
+_SUFFIX, _OUTPUT = ".partial", "output"
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -80,55 +82,85 @@ def check_inputs(target: Path, plan: Plan) -> None:
 
 
 class WorkFolder:
-    """A hidden folder beside the target; renamed to it on success, removed on failure.
+    """A hidden folder beside the target, in which the output is made; that is renamed to the target on success.
 
     :param target: an absolute path, links resolved.
     :param overwrite: whether a target that is not empty is replaced.
+    :param keep: told what went wrong, whether the work folder stays; default: it never does.
     :raises UserError: when the target's parent cannot be written, or the target has appeared in the meantime.
+
+    ``path`` is the hidden folder; one that is there already may be given before the context is entered.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool) -> None:
-        self._target, self._overwrite = target, overwrite
+    def __init__(
+        self,
+        target: Path,
+        *,
+        overwrite: bool,
+        keep: Callable[[BaseException], bool] = lambda _: False,
+    ) -> None:
+        self._target, self._overwrite, self._keep = target, overwrite, keep
         self._made: list[Path] = []
-        self.path = target
+        self.path: Path | None = None
 
     def __enter__(self) -> Path:
-        parent = self._target.parent
+        """Return the folder that becomes the output; what lies beside it goes with the work folder."""
+        parent, existing = self._target.parent, self.path
         try:
             self._made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
             parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix=f".{self._target.name[:100]}.", suffix=".partial", dir=parent))
-            self.path.chmod(0o755)  # mkdtemp's 0700 would follow the folder to its final name
+            if self.path is None:
+                self.path = Path(tempfile.mkdtemp(_SUFFIX, _prefix(self._target), parent))
+            output = self.path / _OUTPUT
+            output.mkdir(exist_ok=True)
+            output.chmod(0o755)
         except OSError as failure:
-            self._remove()
+            if existing is None:
+                self._remove()
             raise UserError(f"cannot write beside {self._target}: {failure.strerror or failure}") from failure
-        return self.path
+        return output
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._remove()
+        if value is not None:
+            if not self._keep(value):
+                self._remove()
             return
+        assert self.path is not None  # entered
         try:
             check_target(self._target, overwrite=self._overwrite)  # another process may have been faster
             old = self.path.with_suffix(".old") if self._target.exists() else None
             if old is not None:
                 self._target.rename(old)
-            self.path.rename(self._target)
+            (self.path / _OUTPUT).rename(self._target)
         except (UserError, OSError) as failure:
             self._remove()
             raise failure if isinstance(failure, UserError) else UserError(f"{self._target}: {failure}") from failure
         if old is not None:
             shutil.rmtree(old)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def _remove(self) -> None:
         """Remove the work folder, and the parents that were made for it."""
-        if self.path != self._target:
+        if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
         for folder in self._made:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def work_folders(target: Path) -> list[Path]:
+    """Return the work folders beside ``target`` that may be its own: long names are cut, and then not told apart."""
+    names = re.compile(re.escape(_prefix(target)) + r"[^.]+" + re.escape(_SUFFIX))
+    try:
+        return [path for path in target.parent.iterdir() if names.fullmatch(path.name) and path.is_dir()]
+    except OSError:
+        return []
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:100]}."
 
 
 def check_space(folder: Path, nbytes: int) -> None:

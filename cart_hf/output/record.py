@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from cart_hf import __version__
 from cart_hf.output.origin import Origin, local_origin, origins
 from cart_hf.plan import Plan, Shard
+from cart_hf.processes import Processes
 from cart_hf.recipe import Recipe, Reference
 from cart_hf.sources import Checkpoint
 from cart_hf.sources.download import sha256_in_cache
@@ -35,7 +37,7 @@ def resolved_recipe(plan: Plan) -> Recipe:
     return plan.recipe.model_copy(update={"models": models, "base_model": base})
 
 
-def record(plan: Plan, shards: list[Shard], seconds: dict[str, float], device: str) -> dict[str, Any]:
+def record(plan: Plan, shards: Sequence[Shard], seconds: Mapping[str, float], processes: Processes) -> dict[str, Any]:
     """Return the contents of ``merge.json``."""
     remote = [(c.reference.path, c.commit) for c in plan.checkpoints if not c.reference.is_local]
     known = iter(origins(remote))
@@ -62,7 +64,8 @@ def record(plan: Plan, shards: list[Shard], seconds: dict[str, float], device: s
         "files": {shard.filename: shard.nbytes for shard in shards},
         "warnings": list(plan.warnings),
         "seconds": {step: round(value, 3) for step, value in seconds.items()},
-        "device": device,
+        "device": str(processes.device),
+        "processes": processes.count,
         "versions": versions(),
     }
 
@@ -87,11 +90,11 @@ def _source(checkpoint: Checkpoint, origin: Origin) -> dict[str, Any]:
         "class": checkpoint.architecture.class_name,
         "origin": origin.to_dict(),
         "ignored_tensors": list(checkpoint.ignored),
-        "files": {name: _fingerprint(file.fetch()) for name, file in checkpoint.files.items()},
+        "files": {name: identify(file.fetch()) for name, file in checkpoint.files.items()},
     }
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def identify(path: Path) -> dict[str, Any]:
     """Identify a weight file without reading it whole: its size, and a hash of its header.
 
     In the Hub's cache an LFS file is stored under its own SHA-256, which is then recorded as well.
@@ -108,8 +111,10 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_record(folder: Path, plan: Plan, shards: list[Shard], seconds: dict[str, float], device: str) -> None:
+def write_record(
+    folder: Path, plan: Plan, shards: Sequence[Shard], seconds: Mapping[str, float], processes: Processes
+) -> None:
     """Write ``merge.json`` and the resolved recipe."""
-    data = json.dumps(record(plan, shards, seconds, device), indent=2, ensure_ascii=False, default=str)
+    data = json.dumps(record(plan, shards, seconds, processes), indent=2, ensure_ascii=False, default=str)
     (folder / MERGE_FILE).write_text(data + "\n", encoding="utf-8")
     (folder / RECIPE_FILE).write_text(resolved_recipe(plan).to_yaml(), encoding="utf-8")
