@@ -14,6 +14,7 @@ from checkpoints import make_family
 from commands import succeed
 from safetensors.torch import load_file, save_file
 from small_tasks import save_tokenizer, write_split, write_tasks
+from transformers import AutoModelForSequenceClassification
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PAIRS = ["same", "other"]
@@ -152,3 +153,35 @@ def test_the_benchmark_compares_equals(tmp_path: Path, capsys: pytest.CaptureFix
     assert exit_.value.code == 2
     assert "the logits of the two differ" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+def test_benchmark_merge(tmp_path: Path, own_caches: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--work", tmp_path, "--shape", "encoder", "--models", "3", "--layers", "1"]
+    rows = ["--rounds", "1", "--rows", "cart", "official", "copy-models"]
+    run("benchmark_merge", "run", *small, *rows, "--output", tmp_path / "run.json")
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["cart", "official", "copy-models"]
+    assert all(row["seconds"][0] > 0 and row["peak_bytes"][0] > 5e6 for row in found["rows"])
+    assert found["agreement"]["official"] < 1e-5  # both computed the same merge
+    n, m, k = 256, 1024, 20  # four square matrices and two of the MLP, for each of three models
+    square = n * n * n + 4 / 3 * n**3 + 2 * n * n * k + 4 * n * n * k
+    wide = n * n * m + 4 / 3 * n**3 + 2 * n * n * k + 4 * n * m * k
+    assert found["cart_flops"] == pytest.approx(3 * (4 * square + 2 * wide))
+    assert "| CART | the authors' procedure, rebuilt |" in capsys.readouterr().out
+
+
+def test_checkpoints_of_real_shape(tmp_path: Path) -> None:
+    with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
+        checkpoints = importlib.import_module("merge_checkpoints")
+    with mock.patch.object(checkpoints, "MAX_SHARD", 3_000_000):
+        _, models = checkpoints.build(tmp_path, "encoder", 2, layers=1)
+        empty = checkpoints.build(tmp_path, "encoder", 1, layers=1, empty=True)[1][0]
+    assert len(list(models[0].glob("*.safetensors"))) > 1
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(models[0], output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    update = checkpoints.read(checkpoints.open_weights(models[1]), "roberta.encoder.layer.0.output.dense.weight")
+    weight = loaded.state_dict()["roberta.encoder.layer.0.output.dense.weight"]
+    assert 0.01 < float((update - weight).std() / weight.std()) < 0.05
+    sizes = {path.name: path.stat().st_size for path in models[0].glob("*.safetensors")}
+    assert {path.name: path.stat().st_size for path in empty.glob("*.safetensors")} == sizes
