@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cart_hf.errors import UserError
+from cart_hf.factors import FactorStore
 from cart_hf.merging import Span, default_workers, run
+from cart_hf.methods import get_method
 from cart_hf.output.folder import check_inputs, check_space, check_target, tokenizer_source, write_folder
 from cart_hf.output.journal import Journal, entries
 from cart_hf.output.record import write_record
@@ -32,11 +34,43 @@ class MergeResult:
     :param output: the output folder.
     :param plan: roles, ranks and warnings of every tensor.
     :param seconds: wall time of each step.
+    :param factors_found: of the matrices to decompose, how many had factors; None when none were looked for.
     """
 
     output: Path
     plan: Plan
     seconds: Mapping[str, float]
+    factors_found: int | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step of a merge needs.
+
+    :param plan: what happens to every tensor.
+    :param shards: the weight files.
+    :param target: the output folder.
+    :param processes: who shares the work.
+    :param store: where factors are looked for, and kept.
+    """
+
+    plan: Plan
+    shards: Sequence[Shard]
+    target: Path
+    processes: Processes
+    store: FactorStore | None
+
+    def state(self) -> State:
+        """What decides the bytes."""
+        store = self.store and f"up to rank_ratio {self.store.rank_ratio}"
+        return State.of(self.plan, self.shards, self.target, {"device": self.processes.device.type, "factors": store})
+
+    def factors_found(self) -> int | None:
+        """Count the matrices that have factors."""
+        if self.store is None:
+            return None
+        groups = (group for group in self.plan.groups() if group.tensors[0].role == "low_rank")
+        return sum(self.store.holds(self.plan, group) for group in groups)
 
 
 def merge(
@@ -58,6 +92,8 @@ def merge(
     workers: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    factors: str | Path | None = None,
+    factors_rank_ratio: float | None = None,
     progress: Progress | None = None,
     **parameters: Any,
 ) -> MergeResult:
@@ -76,6 +112,9 @@ def merge(
     :param workers: worker threads of each process; default: one per core. The result does not depend on it.
     :param overwrite: replace an earlier output of cart-hf.
     :param resume: go on with a merge to ``output`` that was killed, if there is one.
+    :param factors: folder where the singular factors of the centred weights are kept, and found by the next merge of
+        the same models, with whatever rank and scale.
+    :param factors_rank_ratio: rank up to which to compute them; default: as this merge needs.
     :param progress: called with (step, advance, total) as the work goes on, in the first process.
     :param parameters: the method's parameters, such as ``rank_ratio=0.08, scale=1.5``.
     :raises UserError: when the recipe or an input is wrong; nothing is then left at ``output``.
@@ -100,17 +139,38 @@ def merge(
     target = resolved_target(output)
     if workers is not None and workers < 1:
         raise UserError(f"workers: must be at least 1, not {workers}")
+    store = _factor_store(recipe, factors, factors_rank_ratio)
     processes = join(device)
     processes.by_main(lambda: check_target(target, overwrite=overwrite))
     if not processes.is_main:
         progress = _silent
     seconds: dict[str, float] = {}
-    plan, shards, state = _prepare(recipe, target, processes, progress, seconds)
+    job, state = _prepare(recipe, target, processes, store, progress, seconds)
+    found = job.factors_found()
     check_alike(processes.gather(state))
     with processes.entered_by_main(lambda: merge_folder(target, state, overwrite=overwrite, resume=resume)) as folder:
-        workers = workers or default_workers(plan, processes)
-        _execute(plan, shards, folder, target, processes, workers, progress, seconds)
-    return MergeResult(target, plan, seconds)
+        _execute(job, folder, found, workers or default_workers(job.plan, processes), progress, seconds)
+    return MergeResult(target, job.plan, seconds, found)
+
+
+def _factor_store(recipe: Recipe, folder: str | Path | None, rank_ratio: float | None) -> FactorStore | None:
+    """Return where the factors are kept, if they are.
+
+    :raises UserError: for a method without factors, or what is no folder or no ratio.
+    """
+    if folder is None:
+        if rank_ratio is not None:
+            raise UserError("--factors-rank-ratio is about kept factors: name their folder with --factors")
+        return None
+    method = get_method(recipe.merge_method)
+    if method.of_factors is None:
+        raise UserError(f"--factors: {method.name} decomposes nothing; leave it out")
+    if rank_ratio is not None and not 0 < rank_ratio <= 1:
+        raise UserError(f"--factors-rank-ratio: must be between 0 and 1, not {rank_ratio}")
+    path = resolved_target(folder)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--factors: {path} is not a folder")
+    return FactorStore(path, rank_ratio or 0.0)
 
 
 def resolved_target(output: str | Path) -> Path:
@@ -143,11 +203,16 @@ def _silent(step: str, advance: int, total: int) -> None:
 
 
 def _prepare(
-    recipe: Recipe, target: Path, processes: Processes, progress: Progress | None, seconds: dict[str, float]
-) -> tuple[Plan, list[Shard], State]:
-    """Plan the merge, and bring the weights onto every machine."""
+    recipe: Recipe,
+    target: Path,
+    processes: Processes,
+    store: FactorStore | None,
+    progress: Progress | None,
+    seconds: dict[str, float],
+) -> tuple[_Job, State]:
+    """Plan the merge, bring the weights onto every machine, and say what decides the bytes."""
 
-    def prepare() -> tuple[Plan, list[Shard], State]:
+    def prepare() -> tuple[_Job, State]:
         started = time.perf_counter()
         plan = plan_merge(recipe, progress)
         check_inputs(target, plan)
@@ -155,8 +220,8 @@ def _prepare(
         started = time.perf_counter()
         fetch_weights(plan.checkpoints, progress, beside=(target, plan.nbytes))
         seconds["fetch"] = time.perf_counter() - started
-        shards = lay_out(plan)
-        return plan, shards, State.of(plan, shards, target, processes.device.type)
+        job = _Job(plan, lay_out(plan), target, processes, store)
+        return job, job.state()
 
     references = [recipe.base_model, *(entry.model for entry in recipe.models)]
     remote = any(reference is not None and not reference.is_local for reference in references)
@@ -164,21 +229,19 @@ def _prepare(
 
 
 def _execute(
-    plan: Plan,
-    shards: Sequence[Shard],
+    job: _Job,
     folder: Path,
-    target: Path,
-    processes: Processes,
+    factors_found: int | None,
     workers: int,
     progress: Progress | None,
     seconds: dict[str, float],
 ) -> None:
     """Carry out a plan into ``folder``, in a work folder of its own."""
-    work = folder.parent
+    plan, shards, processes, work = job.plan, job.shards, job.processes, folder.parent
     stop = work / "stop"  # a process that fails makes it: the others look for it now and then
     started = time.perf_counter()
 
-    @telling(target)
+    @telling(job.target)
     def make_room() -> None:
         stop.unlink(missing_ok=True)
         check_space(folder, missing_bytes(folder, shards))
@@ -188,18 +251,19 @@ def _execute(
         if processes.count > 1 and stop.exists():
             raise StoppedError
 
-    @telling(target)
+    @telling(job.target)
     def merge_share() -> None:
         with Journal(work) as journal, WeightWriter(folder, shards, journal) as writer:
             done = _done(work, writer, processes, workers)
-            run(plan, processes, writer.write, workers=workers, done=done, check=check, progress=progress)
+            write, store = writer.write, job.store
+            run(plan, processes, write, workers=workers, store=store, done=done, check=check, progress=progress)
 
-    @telling(target)
+    @telling(job.target)
     def finish() -> None:
         seconds["merge"] = time.perf_counter() - started
         write_folder(folder, plan, shards)
-        write_record(folder, plan, shards, seconds, processes)
-        write_card(folder, target.name)
+        write_record(folder, plan, shards, seconds, processes, factors_found)
+        write_card(folder, job.target.name)
 
     def alarm() -> None:
         with suppress(OSError):

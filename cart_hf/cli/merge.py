@@ -55,6 +55,8 @@ def merge(
     num_processes: Annotated[int, Parameter(group=EXECUTION, validator=Number(gte=1))] = 1,
     overwrite: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     resume: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
+    factors: Annotated[Path | None, Parameter(group=EXECUTION)] = None,
+    factors_rank_ratio: Annotated[float | None, Parameter(group=EXECUTION)] = None,
     dry_run: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     print_recipe: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     format: Annotated[Literal["human", "json"], Parameter(group=EXECUTION)] = "human",
@@ -133,6 +135,11 @@ def merge(
         Replace an earlier output of cart-hf.
     resume:
         Go on with a merge to the same folder that was killed; without one, just start.
+    factors:
+        cart: a folder where the singular factors are kept; the next merge of the same models finds them there, with
+        whatever rank and scale.
+    factors_rank_ratio:
+        Rank up to which to compute the factors (default: as this merge needs).
     dry_run:
         Read configurations and headers only, print the plan, write nothing.
     print_recipe:
@@ -189,7 +196,8 @@ def merge(
     if target is None or dry_run:
         _preview(what, target, device=device, workers=workers, overwrite=overwrite, format=format)
         return
-    arguments = {"device": device, "workers": workers, "overwrite": overwrite, "resume": resume}
+    arguments: dict[str, Any] = {"device": device, "workers": workers, "overwrite": overwrite, "resume": resume}
+    arguments |= {"factors": factors, "factors_rank_ratio": factors_rank_ratio}
     merged = _merge(what, target, num_processes, arguments)
     if is_main():
         _tell(merged, format)
@@ -306,6 +314,10 @@ def share(recipe: Recipe, target: Path, arguments: dict[str, Any]) -> Merged:
         f"({seconds.get('merge', 0.0):.1f} s merging)",
         f'load it: transformers.{plan.loader}.from_pretrained("{result.output}")',
     ]
+    if result.factors_found is not None:
+        lines.append(
+            f"factors: {result.factors_found} of {plan.count('low_rank')} matrices found in {arguments['factors']}"
+        )
     if plan.first_task:
         first, kind = plan.first_task
         lines += [

@@ -37,8 +37,13 @@ def resolved_recipe(plan: Plan) -> Recipe:
     return plan.recipe.model_copy(update={"models": models, "base_model": base})
 
 
-def record(plan: Plan, shards: Sequence[Shard], seconds: Mapping[str, float], processes: Processes) -> dict[str, Any]:
-    """Return the contents of ``merge.json``."""
+def record(
+    plan: Plan, shards: Sequence[Shard], seconds: Mapping[str, float], processes: Processes, factors_found: int | None
+) -> dict[str, Any]:
+    """Return the contents of ``merge.json``.
+
+    :param factors_found: how many matrices had factors; None when none were looked for.
+    """
     remote = [(c.reference.path, c.commit) for c in plan.checkpoints if not c.reference.is_local]
     known = iter(origins(remote))
     sources = [_source(c, local_origin(c.folder) if c.reference.is_local else next(known)) for c in plan.checkpoints]
@@ -66,6 +71,7 @@ def record(plan: Plan, shards: Sequence[Shard], seconds: Mapping[str, float], pr
         "seconds": {step: round(value, 3) for step, value in seconds.items()},
         "device": str(processes.device),
         "processes": processes.count,
+        "factors_found": factors_found,
         "versions": versions(),
     }
 
@@ -112,9 +118,16 @@ def identify(path: Path) -> dict[str, Any]:
 
 
 def write_record(
-    folder: Path, plan: Plan, shards: Sequence[Shard], seconds: Mapping[str, float], processes: Processes
+    folder: Path,
+    plan: Plan,
+    shards: Sequence[Shard],
+    seconds: Mapping[str, float],
+    processes: Processes,
+    factors_found: int | None = None,
 ) -> None:
     """Write ``merge.json`` and the resolved recipe."""
-    data = json.dumps(record(plan, shards, seconds, processes), indent=2, ensure_ascii=False, default=str)
+    data = json.dumps(
+        record(plan, shards, seconds, processes, factors_found), indent=2, ensure_ascii=False, default=str
+    )
     (folder / MERGE_FILE).write_text(data + "\n", encoding="utf-8")
     (folder / RECIPE_FILE).write_text(resolved_recipe(plan).to_yaml(), encoding="utf-8")

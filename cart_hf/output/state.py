@@ -35,8 +35,11 @@ class State:
     plan: str
 
     @classmethod
-    def of(cls, plan: Plan, shards: Sequence[Shard], target: Path, device: str) -> State:
-        """Describe a merge whose weight files are on this machine."""
+    def of(cls, plan: Plan, shards: Sequence[Shard], target: Path, execution: Mapping[str, Any]) -> State:
+        """Describe a merge whose weight files are on this machine.
+
+        :param execution: the kind of device that computes, and whatever else is no part of the recipe.
+        """
         recipe = yaml.safe_load(resolved_recipe(plan).to_yaml())
         settings = dict(_flat({key: value for key, value in recipe.items() if key not in ("evaluation", "benchmark")}))
         packages = versions()
@@ -51,7 +54,7 @@ class State:
         files = [(shard.filename, hashlib.sha256(shard.header).hexdigest()) for shard in shards]
         text = json.dumps([plan.method.name, tensors, files], sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return cls(target.name, settings | {"device": device}, sources, digest)
+        return cls(target.name, {**settings, **execution}, sources, digest)
 
 
 def check_alike(states: Sequence[State]) -> None:

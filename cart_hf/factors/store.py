@@ -1,0 +1,134 @@
+"""A folder of factors, one safetensors file for each matrix, named after all that decides what is in it.
+
+A file appears in one go, so a killed run leaves what it finished, several processes may fill one folder, and no list
+of contents can be wrong. Whoever asks for another rank, scale or method finds the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cart_hf.errors import UserError
+from cart_hf.plan import Group, Plan
+from cart_hf.sources import Checkpoint
+
+if TYPE_CHECKING:
+    from cart_hf.linalg.low_rank import Factors
+
+_FORMAT = "cart-hf factors 1"
+
+
+@dataclass(frozen=True)
+class Centred:
+    """The matrices of one name: their weighted average, and the factors of what is left of each.
+
+    :param centre: ``sum_t w_t W_t / sum_t w_t``, shape (m, n).
+    :param factors: of ``W_t - centre``, in the order of the tensor's inputs.
+    """
+
+    centre: torch.Tensor
+    factors: Factors
+
+
+@dataclass(frozen=True)
+class FactorStore:
+    """A folder of factors.
+
+    :param folder: where they are; made when the first is kept.
+    :param rank_ratio: rank up to which to compute them, as a fraction of the smaller dimension; what a merge itself
+        needs when that is more.
+    """
+
+    folder: Path
+    rank_ratio: float = 0.0
+
+    def rank(self, group: Group, wanted: int) -> int:
+        """Return the rank to compute when ``wanted`` is needed."""
+        return max(wanted, int(self.rank_ratio * min(group.shape)))
+
+    def holds(self, plan: Plan, group: Group) -> bool:
+        """Whether there are factors of a matrix (or fused group), of whatever rank."""
+        return self._path(plan, group).is_file()
+
+    def load(self, plan: Plan, group: Group, device: torch.device) -> Centred | None:
+        """Return what is kept of a matrix (or fused group), or None. A damaged file is as good as none."""
+        from cart_hf.linalg.low_rank import Factors  # here: a merge without factors does without SciPy
+
+        path = self._path(plan, group)
+        try:
+            parts = load_file(path, device=str(device))
+            return Centred(
+                parts["centre"],
+                Factors(parts["left"], parts["singular"], parts["right"], parts["squares"].cpu()),
+            )
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def keep(self, plan: Plan, group: Group, centred: Centred) -> None:
+        """Write what was computed.
+
+        :raises UserError: when the folder cannot be written.
+        """
+        path, factors = self._path(plan, group), centred.factors
+        parts = {
+            "centre": centred.centre,
+            "left": factors.left,
+            "singular": factors.singular,
+            "right": factors.right,
+            "squares": factors.squares,
+        }
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: part.cpu().contiguous() for name, part in parts.items()}, draft, _metadata(plan, group))
+            draft.replace(path)
+        except (OSError, SafetensorError) as failure:  # safetensors wraps a full disk in an error of its own
+            draft.unlink(missing_ok=True)
+            reason = getattr(failure, "strerror", None) or failure
+            raise UserError(f"--factors: cannot write {path}: {reason}") from failure
+
+    def _path(self, plan: Plan, group: Group) -> Path:
+        name = re.sub(r"[^A-Za-z0-9.]+", "_", group.name)[-100:]
+        text = json.dumps([_metadata(plan, group), _inputs(plan, group)], sort_keys=True, default=str)
+        return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.safetensors"
+
+
+def _metadata(plan: Plan, group: Group) -> dict[str, str]:
+    """Return what people want to know of a file, and what was done to the inputs."""
+    first = group.tensors[0]
+    weight = first.parameters.get("weight", [1.0] * len(first.inputs))
+    return {
+        "format": _FORMAT,
+        "tensors": json.dumps([tensor.name for tensor in group.tensors]),
+        "models": json.dumps([plan.models[i].name for i, _ in first.inputs]),
+        "weights": json.dumps([w / sum(weight) for w in weight]),
+        "dtype": "float64" if plan.recipe.dtype == "float64" else "float32",
+        "solver": str(first.parameters.get("solver", "fast")),
+    }
+
+
+def _inputs(plan: Plan, group: Group) -> list[Any]:
+    """Return what the numbers were read from: for each tensor and model the file as it is now, and the key in it."""
+    return [
+        [_identity(plan.models[i], name), list(tensor.shape)] for tensor in group.tensors for i, name in tensor.inputs
+    ]
+
+
+def _identity(model: Checkpoint, name: str) -> list[Any]:
+    tensor = model.tensors[name]
+    if model.commit is not None:
+        return [model.reference.path, model.reference.subfolder, model.commit, tensor.key]
+    path = tensor.file.fetch().resolve()
+    status = path.stat()
+    # not its header: fine-tunes of one model have one and the same
+    return [str(path), status.st_size, status.st_mtime_ns, status.st_ino, tensor.key]
