@@ -28,15 +28,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the cache of `cart_hf` out of the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CART_HF_CACHE", str(tmp_path_factory.mktemp("cart_hf")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the caches of `cart_hf`, `datasets` and `evaluate` out of the user's home."""
+    """Keep the caches of `datasets` and `evaluate` out of the user's home."""
     import datasets
     import evaluate
 
     folder = tmp_path_factory.mktemp("caches")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CART_HF_CACHE", str(folder / "cart_hf"))
         patch.setenv("HF_HOME", str(folder))  # for processes that are started; this one has read it already
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")

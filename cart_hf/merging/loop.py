@@ -9,6 +9,7 @@ writes the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import psutil
@@ -73,16 +74,28 @@ def run(
         if plan.method.survey == "magnitude" and missing:
             thresholds = magnitude_thresholds(plan, workers, report, processes)
         share = share_of(missing, processes.rank, processes.count)
+        ahead = iter(share[workers:])
         total = sum(piece.nbytes for piece in share)
 
         def work(piece: Piece) -> int:
             check()
+            with suppress(StopIteration):  # the system reads what is next while this one is computed
+                _will_need(plan, next(ahead))
             _carry_out(plan, piece, processes.device, thresholds, store, write)
             return piece.nbytes
 
         for nbytes in in_parallel(work, share, workers):
             if progress is not None:
                 progress("merging", nbytes, total)
+
+
+def _will_need(plan: Plan, piece: Piece) -> None:
+    for name, start, stop in piece.spans:
+        tensor = next(tensor for tensor in piece.group.tensors if tensor.name == name)
+        for i, key in tensor.inputs:
+            plan.models[i].will_need(key, start, stop)
+        if plan.method.needs_base and plan.base is not None and tensor.base_input is not None:
+            plan.base.will_need(tensor.base_input, start, stop)
 
 
 def _carry_out(

@@ -78,6 +78,11 @@ class Checkpoint:
         tensor = self.tensors[name]
         tensor.file.read_into(out, tensor.key, start)
 
+    def will_need(self, name: str, start: int, stop: int) -> None:
+        """Have the system read elements ``start`` to ``stop`` of a tensor into its cache, where it can."""
+        tensor = self.tensors[name]
+        tensor.file.will_need(tensor.key, start, stop)
+
     def fetch(self, progress: Progress | None = None) -> None:
         """Download the weight files that are not on this machine yet."""
         fetch_weights([self], progress)

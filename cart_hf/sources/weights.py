@@ -71,6 +71,10 @@ class WeightFile(Protocol):
         """Fill ``out`` (1-D, contiguous, CPU, any type) with the flattened tensor's elements from ``start`` on."""
         ...
 
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        """Have the system read elements ``start`` to ``stop`` into its cache, where it can; returns at once."""
+        ...
+
 
 class SafetensorsFile:
     """A safetensors file, read by offset (a memory map would count every page read as ours).
@@ -141,18 +145,33 @@ class SafetensorsFile:
                 raise UserError(f"{self._label} ends inside tensor '{key}': it was changed or truncated meanwhile")
             done += count
 
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        """Have the system read elements ``start`` to ``stop`` into its cache, where it can; returns at once."""
+        if hasattr(os, "posix_fadvise"):
+            stored = self.tensors[key]
+            size = element_size(stored.dtype)
+            with self._lock:
+                descriptor = self._open()
+            offset = self._data_start + stored.start + start * size
+            os.posix_fadvise(descriptor, offset, (stop - start) * size, os.POSIX_FADV_WILLNEED)
+
     def _read_at(self, view: memoryview, offset: int) -> int:
         """Fill ``view`` from ``offset`` (counted from the first tensor byte) and return how much was read."""
         with self._lock:
-            if self._descriptor is None:
-                self._descriptor = os.open(self._locate(), os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                self._data_start = 8 + int.from_bytes(os.read(self._descriptor, 8), "little")
+            descriptor = self._open()
             if not hasattr(os, "preadv"):  # Windows: the file position is shared, so keep the lock
-                os.lseek(self._descriptor, self._data_start + offset, os.SEEK_SET)
-                chunk = os.read(self._descriptor, len(view))
+                os.lseek(descriptor, self._data_start + offset, os.SEEK_SET)
+                chunk = os.read(descriptor, len(view))
                 view[: len(chunk)] = chunk
                 return len(chunk)
-        return os.preadv(self._descriptor, [view], self._data_start + offset)
+        return os.preadv(descriptor, [view], self._data_start + offset)
+
+    def _open(self) -> int:
+        """Return the file's descriptor, opened the first time; call it with the lock held."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self._locate(), os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._data_start = 8 + int.from_bytes(os.read(self._descriptor, 8), "little")
+        return self._descriptor
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", None) is not None:
@@ -183,6 +202,9 @@ class PickleFile:
     def read_into(self, out: torch.Tensor, key: str, start: int) -> None:
         """Fill ``out`` (1-D, contiguous, CPU, any type) with the flattened tensor's elements from ``start`` on."""
         out.copy_(self._state[key].reshape(-1)[start : start + len(out)])
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        """Do nothing: torch maps the file, or has read it."""
 
 
 def parse_header(label: str, header: Any) -> dict[str, StoredTensor]:
