@@ -10,17 +10,45 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from commands import Answer
 
+import cart_hf
+
+Whole = Callable[[str], dict[str, Any]]
 CHILDREN = multiprocessing.get_context("forkserver")
 PRELOADED = """
 cart_hf.api cart_hf.cli.merge cart_hf.cli.console cart_hf.methods.cart accelerate.utils huggingface_hub.hf_api
 transformers.models.roberta.modeling_roberta transformers.conversion_mapping
 """
 CHILDREN.set_forkserver_preload(PRELOADED.split())
+
+
+def settings(models: Path, output: Path, method: str = "cart") -> dict[str, Any]:
+    """Return a merge of the three models in ``models``, as arguments of ``cart_hf.merge``."""
+    folders = [str(models / f"task{i}") for i in range(3)]
+    return {"base": str(models / "base"), "models": folders, "output": output, "method": method, "device": "cpu"}
+
+
+def words(models: Path, output: Path, *more: object) -> list[object]:
+    """Return the same as a command line."""
+    folders = [models / f"task{i}" for i in range(3)]
+    return ["merge", "--base", models / "base", "--models", *folders, "--output", output, "--device", "cpu", *more]
+
+
+def undisturbed(models: Path, folder: Path) -> Whole:
+    """Return a function that tells what one process writes that nobody disturbs, by method."""
+
+    @cache
+    def merged(method: str) -> dict[str, Any]:
+        output = folder / method / "out"  # the card says its name
+        cart_hf.merge(**settings(models, output, method))
+        return contents(output)
+
+    return merged
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from checkpoints import make_family
 from commands import assert_absent, call, succeed
-from merge_children import command, contents, merge_and_look, start_slurm_step
+from merge_children import Whole, command, contents, merge_and_look, start_slurm_step, undisturbed, words
 from safetensors.torch import load_file, save_file
 
 from cart_hf.api import plan_merge
@@ -30,8 +27,6 @@ from cart_hf.processes import Processes, StoppedError
 from cart_hf.recipe import recipe_from_flags
 from cart_hf.slurm import adopt, first_host
 
-Whole = Callable[[str], dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,27 +37,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Return what one process writes, by method."""
-
-    @cache
-    def merged(method: str) -> dict[str, Any]:
-        output = tmp_path_factory.mktemp(method) / "out"
-        succeed(*words(models, output, "--method", method))
-        return contents(output)
-
-    return merged
+    return undisturbed(models, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="module")
 def plan(models: Path) -> Plan:
     folders = [str(models / f"task{i}") for i in range(3)]
     return plan_merge(recipe_from_flags({"base": str(models / "base"), "models": folders}, {}))
-
-
-def words(models: Path | str, output: Path, *more: object) -> list[object]:
-    """Return a merge as a command line."""
-    folders = [f"{models}/task{i}" for i in range(3)]
-    return ["merge", "--base", f"{models}/base", "--models", *folders, "--output", output, "--device", "cpu", *more]
 
 
 def spoil(folder: Path) -> None:
@@ -128,7 +109,7 @@ def test_processes_that_read_different_files(models: Path, tmp_path: Path) -> No
 
     def state() -> State:
         plan = plan_merge(recipe_from_flags({"base": str(models / "base"), "models": folders}, {}))
-        return State.of(plan, lay_out(plan), tmp_path / "out", "cpu")
+        return State.of(plan, lay_out(plan), tmp_path / "out", {"device": "cpu"})
 
     first = state()
     os.utime(path)

@@ -7,20 +7,30 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import make_family
 from commands import assert_absent, call, leftovers, refuse, succeed
-from merge_children import command, contents, merge_and_die, merge_and_wait, start, start_slurm_step, wait_for
+from merge_children import (
+    Whole,
+    command,
+    contents,
+    merge_and_die,
+    merge_and_wait,
+    settings,
+    start,
+    start_slurm_step,
+    undisturbed,
+    wait_for,
+    words,
+)  # fmt: skip
 
 import cart_hf
 from cart_hf.cli.console import Bars
 from cart_hf.output import unfinished
 
-Whole = Callable[[str], dict[str, Any]]
 PIECES = 37  # one for each tensor of the small model
 
 
@@ -33,26 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Return what a merge writes that nobody disturbs, by method."""
-
-    @cache
-    def merged(method: str) -> dict[str, Any]:
-        output = tmp_path_factory.mktemp(method) / "out"
-        cart_hf.merge(**settings(models, output, method))
-        return contents(output)
-
-    return merged
-
-
-def settings(models: Path, output: Path, method: str = "cart") -> dict[str, Any]:
-    folders = [str(models / f"task{i}") for i in range(3)]
-    return {"base": str(models / "base"), "models": folders, "output": output, "method": method, "device": "cpu"}
-
-
-def words(models: Path, output: Path, *more: object) -> list[object]:
-    """Return the same as a command line."""
-    folders = [models / f"task{i}" for i in range(3)]
-    return ["merge", "--base", models / "base", "--models", *folders, "--output", output, "--device", "cpu", *more]
+    return undisturbed(models, tmp_path_factory.mktemp("whole"))
 
 
 def kill(models: Path, output: Path, after: int = 10, **more: Any) -> Path:

@@ -47,6 +47,8 @@ def origins(repositories: Sequence[tuple[str, str | None]], token: str | None = 
 
     :param repositories: Hub ids and commits.
     """
+    if not repositories:
+        return []  # the client takes a while to load
     from huggingface_hub import HfApi, errors, is_offline_mode
 
     api = HfApi(library_name="cart-hf", token=token)
@@ -68,11 +70,13 @@ def origins(repositories: Sequence[tuple[str, str | None]], token: str | None = 
 
 def local_origin(folder: Path) -> Origin:
     """Read what a local folder's card says."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return Origin()
     from huggingface_hub import ModelCard
 
-    path = folder / "README.md"
     try:
-        return _of_card(ModelCard.load(path, ignore_metadata_errors=True).data) if path.is_file() else Origin()
+        return _of_card(ModelCard.load(path, ignore_metadata_errors=True).data)
     except Exception:  # whatever a stranger's file holds
         return Origin()
 
