@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import make_clip, make_family
 from commands import refuse, succeed
+from merge_children import command, start_slurm_step, words
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -127,3 +128,15 @@ def test_what_makes_no_sense_is_refused(models, tmp_path):
     refuse(tmp_path / "out", *words, "--factors", tmp_path / "f", "--factors-rank-ratio", 2, naming=["rank-ratio"])
     (tmp_path / "file").write_text("not a folder")
     refuse(tmp_path / "out", *words, "--factors", tmp_path / "file", naming=["--factors"])
+
+
+def test_processes_fill_one_folder(models, tmp_path):
+    folder = Path(models[0]).parent
+    arguments = words(folder, tmp_path / "out", "--factors", tmp_path / "factors")
+    children = start_slurm_step(tmp_path, command, *arguments)
+    assert [child.answer().code for child in children] == [0, 0]
+    plain = merge(models, tmp_path / "plain", device="cpu", factors=tmp_path / "factors")
+    assert same(plain, load_file(tmp_path / "out" / "model.safetensors"))
+    assert json.loads((tmp_path / "plain" / "merge.json").read_text())["factors_found"] == len(
+        files(tmp_path / "factors")
+    )
