@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_clip, make_family, roberta_config, save
+from checkpoints import make_clip, make_family, perturb, roberta_config, save
 from safetensors import safe_open
 from transformers import (
     AutoModel,
@@ -246,8 +246,8 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(bert, monkeypatch):
     assert not [p.name for p in bert.iterdir() if p.name.startswith(".")]
 
 
-def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    """By the plan's own estimate, which the benchmark script compares with the process's peak."""
+def test_planned_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    """By the plan's own estimate, which chooses the number of workers."""
     estimates = []
     for layers in (1, 6):
         model = RobertaModel(roberta_config(num_hidden_layers=layers))
@@ -255,3 +255,28 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         plan = cart_hf.api.plan_merge(recipe_from_flags({"base": folders[0], "models": folders}, {}))
         estimates.append(plan.memory(2))
     assert estimates[0] == estimates[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak memory anew")
+def test_memory_is_a_few_matrices_of_every_model(tmp_path):
+    """A deep model: what a merge adds to the process's memory is bounded by one stack of matrices for each worker."""
+    config = roberta_config(num_hidden_layers=8, hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+    model, folders = RobertaModel(config), []
+    for i in range(3):
+        perturb(model, i)
+        folders.append(save(model, tmp_path / f"{i}"))
+    del model
+    stack = 3 * 512 * 2048 * 4
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) > 24 * stack
+    for method in ("cart", "average"):  # the first merge loads libraries, too
+        cart_hf.merge(models=folders, output=tmp_path / f"{method}-1", method=method, workers=2)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmRSS")
+        cart_hf.merge(models=folders, output=tmp_path / f"{method}-2", method=method, workers=2)
+        assert memory("VmHWM") - before < 6 * stack, method
+
+
+def memory(field: str) -> int:
+    """Return what the kernel says of this process's memory, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{field}:")))
