@@ -50,9 +50,12 @@ def magnitude_thresholds(plan: Plan, workers: int, report: Progress, processes: 
     tensors = [t for t in plan.tensors if t.role == "elementwise"]
     scopes = [scope for i in range(len(plan.models)) for scope in _scopes(tensors, i)]
     across = [scope for scope in scopes if len(scope.names) > 1]
-    single = sorted((scope for scope in scopes if len(scope.names) == 1), key=lambda scope: -scope.elements)
-    single = single[processes.rank :: processes.count]
-    total = sum(scope.elements for scope in single)
+    by_tensor: dict[str, list[_Scope]] = {}
+    for scope in scopes:
+        if len(scope.names) == 1:
+            by_tensor.setdefault(next(iter(scope.names)), []).append(scope)
+    single = sorted(by_tensor.values(), key=lambda scopes: -scopes[0].elements)[processes.rank :: processes.count]
+    total = sum(scopes[0].elements for scopes in single)
 
     def run(work: Callable[[Slice], int], slices: Sequence[Slice]) -> Iterator[int]:
         mine = slices[processes.rank :: processes.count]
@@ -61,15 +64,15 @@ def magnitude_thresholds(plan: Plan, workers: int, report: Progress, processes: 
             report("finding thresholds", elements, whole)
             yield elements
 
-    def alone(scope: _Scope) -> tuple[_Scope, float]:
-        return scope, _find(plan, [scope], map, Processes(0, 1, processes.device))[0]
+    def alone(scopes: list[_Scope]) -> list[tuple[_Scope, float]]:
+        return list(zip(scopes, _find(plan, scopes, map, Processes(0, 1, processes.device)), strict=True))
 
     found = list(zip(across, _find(plan, across, run, processes), strict=True))
-    one_by_one = []
-    for scope, threshold in in_parallel(alone, single, workers):
-        one_by_one.append((scope, threshold))
-        report("finding thresholds of tensors", scope.elements, total)
-    found += [pair for pairs in processes.gather(one_by_one) for pair in pairs]
+    of_tensors = []
+    for pairs in in_parallel(alone, single, workers):
+        of_tensors += pairs
+        report("finding thresholds of tensors", pairs[0][0].elements, total)
+    found += [pair for pairs in processes.gather(of_tensors) for pair in pairs]
     known = {(scope.model, name): threshold for scope, threshold in found for name in scope.names}
     return {(i, t.name): known.get((i, t.name), 0.0) for t in tensors for i, _ in t.inputs}
 
