@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from small_tasks import save_tokenizer
 
 import cart_hf
+import cart_hf.api
 from cart_hf.benchmarking import run as benchmarking
 from cart_hf.benchmarking.rows import trials_of
+from cart_hf.linalg import low_rank
 from cart_hf.methods import all_methods
 from cart_hf.recipe import Trial
 
@@ -100,6 +102,8 @@ def test_every_number_by_hand(recipe, tmp_path, world):
     assert rows["task arithmetic"].on_edge == ([] if best == 1 else ["scale"])
     on_test = scored("best", "task_arithmetic", "test", **rows["task arithmetic"].parameters)
     assert rows["task arithmetic"].results.average == on_test.average
+    cart = [scored(f"c{i}", "cart", "validation", rank=2, scale=scale) for i, scale in enumerate((1.0, 3.0))]
+    assert [point["average"] for point in rows["CART, rank 2"].points] == [found.average for found in cart]
     assert rows["weight average"].results.average == scored("average", "average", "test").average
     assert rows["pretrained"].results.average == scored("nothing", "task_arithmetic", "test", scale=0.0).average
     alone = {
@@ -114,6 +118,26 @@ def test_every_number_by_hand(recipe, tmp_path, world):
     assert rows["task arithmetic"].results.normalized == pytest.approx(expected)
     assert rows["individual"].results.normalized == pytest.approx(1.0)
     assert not (tmp_path / "out" / "attempt").exists()
+
+
+def test_a_grid_decomposes_every_matrix_once(recipe, tmp_path, monkeypatch):
+    """Four points and the one that is scored share the factors of the largest rank, which do not stay."""
+    decomposed = []
+    real = low_rank.best_of_tall
+
+    def counted(matrices, **options):
+        decomposed.append(options["rank"])
+        return real(matrices, **options)
+
+    monkeypatch.setattr(low_rank, "best_of_tall", counted)
+    grid = {"rank_ratio": [0.1, 0.4], "scale": [1.0, 3.0]}
+    recipe |= {"parameters": {}, "benchmark": {"methods": [{"method": "cart", "grid": grid}]}}
+    result = cart_hf.benchmark(cart_hf.Recipe.from_mapping(recipe), output=tmp_path / "out")
+    assert len(result.rows[-1].points) == 4
+    tensors = cart_hf.api.plan_merge(cart_hf.Recipe.from_mapping(recipe)).tensors
+    expected = [int(0.4 * min(tensor.shape)) for tensor in tensors if tensor.role == "low_rank"]
+    assert sorted(decomposed) == sorted(expected)
+    assert not (tmp_path / "out" / "factors").exists()
 
 
 def test_files_and_formats(recipe, tmp_path):

@@ -18,6 +18,7 @@ from cart_hf.evaluation.individual import score_individuals
 from cart_hf.evaluation.model import locate
 from cart_hf.evaluation.results import Results, TaskResult
 from cart_hf.evaluation.run import Outcome, Reader, reader, run_tasks
+from cart_hf.methods import get_method
 from cart_hf.output import check_replaceable
 from cart_hf.output.record import versions
 from cart_hf.parallel import Progress
@@ -28,6 +29,7 @@ from cart_hf.tasks import Task, TaskData, find_tasks, known_among
 
 RECIPE_FILE = "recipe.yaml"
 MODELS_FOLDER = "models"
+FACTORS_FOLDER = "factors"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ def benchmark(
     target = resolved_target(output)
     if not resume:
         check_replaceable(target, overwrite=overwrite, what="a benchmark of cart-hf", marker=LEDGER_FILE)
-    run = _Run(recipe, target, join(device), device, workers, keep_models, progress)
+    processes = join(device)
+    if processes.count > 1:
+        raise UserError("a benchmark runs as one process (its merges use every core): start it without a launcher")
+    run = _Run(recipe, target, processes, device, workers, keep_models, progress)
     run.check()
     if target.exists() and not resume:
         shutil.rmtree(target)
@@ -178,6 +183,7 @@ class _Run:
             variant = self.recipe.variant("task_arithmetic", {"scale": 0.0})
             rows.insert(0, Row(PRETRAINED, None, {}, (), self._measured(PRETRAINED, variant, self.scored)))
         rows.extend(self._row(trial) for trial in self.trials)
+        shutil.rmtree(self.target / FACTORS_FOLDER, ignore_errors=True)
         scores = {name: result.score for name, result in alone.tasks.items()}
         rows = [replace(row, results=replace(row.results, individual=scores)) for row in rows]
         return BenchmarkResult(self.target, rows, self.evaluation, self.selection)
@@ -188,7 +194,8 @@ class _Run:
         if tried:
             best = max(range(len(points)), key=lambda position: tried[position]["average"] or 0.0)
         keep = self.target / MODELS_FOLDER / trial.name if self.keep_models else None
-        results = self._measured(name, self._variant(trial, best), self.scored, keep)
+        factors = {} if keep else self._factors(trial)  # a model that is kept is what `cart-hf merge` would write
+        results = self._measured(name, self._variant(trial, best), self.scored, keep, factors)
         edges = trial.on_edge(points[best]) if tried else []
         return Row(name, trial.method, points[best], edges, results, tried)
 
@@ -197,15 +204,29 @@ class _Run:
         assert self.chosen is not None
         tried = []
         for position, parameters in enumerate(trial.points):
-            found = self._measured(name, self._variant(trial, position), self.chosen)
+            found = self._measured(name, self._variant(trial, position), self.chosen, None, self._factors(trial))
             tried.append({"parameters": parameters, "average": found.average})
             self._tell(f"choosing: {name}", len(trial.points))
         return tried
 
+    def _factors(self, trial: Trial) -> dict[str, Any]:
+        """Say where all points of a grid find one decomposition, as arguments of a merge."""
+        if len(trial.points) == 1 or get_method(trial.method).of_factors is None:
+            return {}
+        ratios = [ratio for ratio in trial.grid.get("rank_ratio", ()) if isinstance(ratio, float | int)]
+        return {"factors": self.target / FACTORS_FOLDER, "factors_rank_ratio": max(ratios, default=None)}
+
     def _variant(self, trial: Trial, position: int) -> Recipe:
         return self.recipe.variant(trial.method, trial.points[position])
 
-    def _measured(self, name: str, variant: Recipe, sample: _Sample, keep: Path | None = None) -> Results:
+    def _measured(
+        self,
+        name: str,
+        variant: Recipe,
+        sample: _Sample,
+        keep: Path | None = None,
+        factors: Mapping[str, Any] | None = None,
+    ) -> Results:
         """Merge and measure, unless it has been done."""
         evaluation = sample.evaluation
         point = {"recipe": variant.to_yaml(), "split": evaluation.split, "limit": evaluation.limit}
@@ -213,7 +234,7 @@ class _Run:
         if known is not None and (keep is None or keep.is_dir()):
             return known
         folder = keep or self.target / "attempt"
-        merge(variant, output=folder, device=self.device, workers=self.workers, overwrite=True)
+        merge(variant, output=folder, device=self.device, workers=self.workers, overwrite=True, **(factors or {}))
         done: dict[str, TaskResult] = {}
         errors: dict[str, str] = {}
         run_tasks(
