@@ -15,6 +15,7 @@ from cart_hf.linalg.eigenpairs import Eigenpairs
 _SMALLEST = 192  # below, a full reduction takes no time
 _BLOCKS = {8: 24, 16: 128, 32: 256, 64: 2**31}  # vectors multiplied at a time, for ranks below
 _MOST = 0.6  # of the matrix's size: with a larger subspace, a full reduction is cheaper
+_ASKEW = 1e-3  # most that the product of two vectors of the basis may be
 _HOPELESS = 0.5  # an error at a look that further steps are not likely to mend
 
 
@@ -80,7 +81,7 @@ def _looks(n: int, k: int, block: int) -> list[int]:
 def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Q with orthonormal rows and the lower triangle L such that ``rows = L Q`` (Cholesky QR, twice).
 
-    Rows that depend on each other give NaN, or rows that are not orthonormal: the caller's check finds both.
+    Rows that depend on each other give NaN, or rows that are not orthonormal: a look at the basis finds both.
     """
     first, _ = torch.linalg.cholesky_ex(rows @ rows.mT)
     rows = torch.linalg.solve_triangular(first, rows, upper=False)
@@ -91,7 +92,9 @@ def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _ritz(small: torch.Tensor, coupling: torch.Tensor, basis: torch.Tensor, k: int) -> list[Eigenpairs | None]:
     """Solve the projected eigenproblems; what the last block couples to outside the subspace is the residual."""
     small = small.cpu() if small.is_mps else small  # which has neither float64 nor eigenproblems
-    finite = torch.isfinite(small).all(dim=2).all(dim=1).tolist()
+    # a block that one direction dominates cannot be made orthonormal in float32: then nothing here means anything
+    unit = torch.eye(basis.shape[1], device=basis.device)
+    sound = ((basis @ basis.mT - unit).abs().amax(dim=(1, 2)) < _ASKEW).tolist()
     try:
         values, weights = torch.linalg.eigh(small.nan_to_num(0.0, 0.0, 0.0).double())
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -101,4 +104,4 @@ def _ritz(small: torch.Tensor, coupling: torch.Tensor, basis: torch.Tensor, k: i
     residuals = torch.linalg.vector_norm(last, dim=2)
     rows = weights[:, :k].to(basis) @ basis
     pairs = map(Eigenpairs, rows, values.cpu(), residuals.cpu())
-    return [pair if good else None for pair, good in zip(pairs, finite, strict=True)]
+    return [pair if good else None for pair, good in zip(pairs, sound, strict=True)]
