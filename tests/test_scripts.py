@@ -162,7 +162,7 @@ def test_benchmark_merge(tmp_path: Path, own_caches: Path, capsys: pytest.Captur
     found = json.loads((tmp_path / "run.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["cart", "official", "copy-models"]
     assert all(row["seconds"][0] > 0 and row["peak_bytes"][0] > 5e6 for row in found["rows"])
-    assert found["agreement"]["official"] < 1e-5  # both computed the same merge
+    assert found["agreement"]["official"] < 1e-4  # the same merge: an update of 2 %, within 1e-3 of the truth
     n, m, k = 256, 1024, 20  # four square matrices and two of the MLP, for each of three models
     square = n * n * n + 4 / 3 * n**3 + 2 * n * n * k + 4 * n * n * k
     wide = n * n * m + 4 / 3 * n**3 + 2 * n * n * k + 4 * n * m * k
