@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from cart_hf.merging.pieces import Thresholds, cast, merge_chunk, merge_group
+from cart_hf.merging.pieces import Thresholds, cast, merge_chunk, merge_group, sources_of
 from cart_hf.merging.shares import Piece, Span, pieces, share_of
 from cart_hf.merging.survey import magnitude_thresholds
 from cart_hf.parallel import Progress, in_parallel, one_blas_thread
@@ -80,7 +80,7 @@ def run(
         def work(piece: Piece) -> int:
             check()
             with suppress(StopIteration):  # the system reads what is next while this one is computed
-                _will_need(plan, next(ahead))
+                _will_need(plan, next(ahead), store)
             _carry_out(plan, piece, processes.device, thresholds, store, write)
             return piece.nbytes
 
@@ -89,13 +89,13 @@ def run(
                 progress("merging", nbytes, total)
 
 
-def _will_need(plan: Plan, piece: Piece) -> None:
-    for name, start, stop in piece.spans:
-        tensor = next(tensor for tensor in piece.group.tensors if tensor.name == name)
-        for i, key in tensor.inputs:
-            plan.models[i].will_need(key, start, stop)
-        if plan.method.needs_base and plan.base is not None and tensor.base_input is not None:
-            plan.base.will_need(tensor.base_input, start, stop)
+def _will_need(plan: Plan, piece: Piece, store: FactorStore | None) -> None:
+    """Have the system read what a piece is made from; not the models where their factors are likely to do."""
+    if store is not None and piece.group.tensors[0].role == "low_rank" and store.holds(plan, piece.group):
+        return
+    for tensor, (_, start, stop) in zip(piece.group.tensors, piece.spans, strict=True):
+        for source, name in sources_of(plan, tensor):
+            source.will_need(name, start, stop)
 
 
 def _carry_out(

@@ -51,7 +51,7 @@ def merge_group(plan: Plan, group: Group, device: torch.device, store: FactorSto
 
 def _merge_by_factors(plan: Plan, group: Group, device: torch.device, store: FactorStore) -> torch.Tensor:
     from cart_hf.factors.store import Centred
-    from cart_hf.linalg.low_rank import factorize
+    from cart_hf.methods.cart import centred_factors
 
     first = group.tensors[0]
     arguments = _arguments(plan, first)
@@ -60,12 +60,11 @@ def _merge_by_factors(plan: Plan, group: Group, device: torch.device, store: Fac
     ranks = centred.factors.ranks(rank=first.rank, energy=first.energy) if centred else None
     if centred is None or ranks is None:
         models = _read_group(plan, group, device)
-        centre = get_method("average").function(models=models, weight=arguments["weight"])
         rank = store.rank(group, first.rank) if first.rank else None
-        factors = factorize(models.sub_(centre), rank=rank, energy=first.energy, solver=solver)
-        centred = Centred(centre, factors)
+        found = centred_factors(models, arguments["weight"], rank=rank, energy=first.energy, solver=solver)
+        centred = Centred(*found)
         store.keep(plan, group, centred)
-        ranks = factors.ranks(rank=first.rank) if first.rank else None
+        ranks = centred.factors.ranks(rank=first.rank) if first.rank else None
     assert plan.method.of_factors is not None  # refused before the work
     return plan.method.of_factors(centre=centred.centre, factors=centred.factors, ranks=ranks, **arguments)
 
@@ -100,9 +99,7 @@ def merge_chunk(
         arguments["thresholds"] = [thresholds[i, tensor.name] for i, _ in tensor.inputs]
     if method.random:  # block by block they go on: what they draw does not depend on the block's size
         arguments["generators"] = [_generator(plan, tensor, plan.models[i].name, start) for i, _ in tensor.inputs]
-    sources = [(plan.models[i], name) for i, name in tensor.inputs]
-    if method.needs_base and plan.base is not None and tensor.base_input is not None:
-        sources.append((plan.base, tensor.base_input))
+    sources = sources_of(plan, tensor)
     result = torch.empty(stop - start, dtype=DTYPES[tensor.dtype])
     step = BLOCK if device.type == "cpu" else stop - start
     for first in range(start, stop, step):
@@ -113,6 +110,18 @@ def merge_chunk(
         merged = method.function(models=block[: len(tensor.inputs)], **arguments)
         result[first - start : last - start] = cast(plan, tensor, merged)
     return result
+
+
+def sources_of(plan: Plan, tensor: PlannedTensor) -> list[tuple[Checkpoint, str]]:
+    """Return what a tensor is made from, and its name there: every model's, and last the base's where it is needed.
+
+    A tensor that is copied has one source: the base where the base has it, else the first model.
+    """
+    models = [(plan.models[i], name) for i, name in tensor.inputs]
+    base = [(plan.base, tensor.base_input)] if plan.base is not None and tensor.base_input is not None else []
+    if tensor.role == "base":
+        return (base or models)[:1]
+    return models + base if tensor.role == "elementwise" and plan.method.needs_base else models
 
 
 def read_block(plan: Plan, sources: Sequence[tuple[Checkpoint, str]], span: tuple[int, int]) -> torch.Tensor:
@@ -191,7 +200,7 @@ def cast(plan: Plan, tensor: PlannedTensor, values: torch.Tensor) -> torch.Tenso
 
 
 def _arithmetic(plan: Plan) -> torch.dtype:
-    return torch.float64 if plan.recipe.dtype == "float64" else torch.float32
+    return torch.float64 if plan.arithmetic == "float64" else torch.float32
 
 
 def _arguments(plan: Plan, tensor: PlannedTensor) -> dict[str, Any]:
@@ -201,12 +210,8 @@ def _arguments(plan: Plan, tensor: PlannedTensor) -> dict[str, Any]:
 
 
 def _copy(plan: Plan, tensor: PlannedTensor, span: tuple[int, int]) -> torch.Tensor:
-    """Read a slice to be copied: the base's where it has the tensor, else the first model's."""
-    if plan.base is not None and tensor.base_input is not None:
-        source, name = plan.base, tensor.base_input
-    else:
-        i, name = tensor.inputs[0]
-        source = plan.models[i]
+    """Read a slice to be copied."""
+    ((source, name),) = sources_of(plan, tensor)
     if DTYPES[tensor.dtype].is_floating_point:
         return cast(plan, tensor, read_input(plan, source, name, span, torch.device("cpu")))
     return source.read(name, *span).to(DTYPES[tensor.dtype])

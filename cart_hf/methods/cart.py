@@ -36,6 +36,24 @@ SOLVER = Parameter(
 )
 
 
+def centred_factors(
+    models: torch.Tensor,
+    weight: Sequence[float],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    solver: Solver = "fast",
+) -> tuple[torch.Tensor, Factors]:
+    """Return the weighted average of the matrices, and the factors of what is left of each.
+
+    :param models, weight, rank, energy, solver: see :func:`cart`.
+    """
+    from cart_hf.linalg.low_rank import factorize
+
+    centre = average(models=models, weight=weight)
+    return centre, factorize(models.sub_(centre), rank=rank, energy=energy, solver=solver)
+
+
 def cart_of_factors(
     *, centre: torch.Tensor, factors: Factors, ranks: Sequence[int] | None, scale: float, weight: Sequence[float]
 ) -> torch.Tensor:
@@ -105,10 +123,7 @@ def cart(
     :param solver: how the singular directions are found, see :func:`cart_hf.linalg.low_rank.factorize`.
     :raises DecompositionError: when an eigenproblem does not converge or its result is not finite.
     """
-    from cart_hf.linalg.low_rank import factorize
-
-    centre = average(models=models, weight=weight)
-    if rank is not None and rank >= min(centre.shape):
-        return centre  # the centred task vectors sum to zero: spare the rounding
-    factors = factorize(models.sub_(centre), rank=rank, energy=energy, solver=solver)
+    if rank is not None and rank >= min(models.shape[1:]):
+        return average(models=models, weight=weight)  # the centred task vectors sum to zero: spare the rounding
+    centre, factors = centred_factors(models, weight, rank=rank, energy=energy, solver=solver)
     return cart_of_factors(centre=centre, factors=factors, ranks=None, scale=scale, weight=weight)

@@ -145,13 +145,18 @@ class Plan:
         return (Group(tuple(tensors)) for tensors in groups.values())
 
     @property
+    def arithmetic(self) -> Literal["float32", "float64"]:
+        """The type that everything is computed in."""
+        return "float64" if self.recipe.dtype == "float64" else "float32"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the merged backbone."""
         return sum(t.nbytes for t in self.tensors)
 
     def memory(self, workers: int) -> int:
         """Estimate the peak bytes of tensors held by ``workers`` workers, besides the libraries themselves."""
-        size = 8 if self.recipe.dtype == "float64" else 4
+        size = 8 if self.arithmetic == "float64" else 4
         models = len(self.models) + 2  # the base or the sum, and the result
 
         def of(group: Group) -> int:
