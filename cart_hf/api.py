@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cart_hf.errors import UserError
+from cart_hf.errors import UserError, telling
 from cart_hf.factors import FactorStore
 from cart_hf.merging import Span, default_workers, run
 from cart_hf.methods import get_method
@@ -17,7 +17,7 @@ from cart_hf.output.folder import check_inputs, check_space, check_target, token
 from cart_hf.output.journal import Journal, entries
 from cart_hf.output.record import write_record
 from cart_hf.output.state import State, check_alike
-from cart_hf.output.unfinished import merge_folder, telling
+from cart_hf.output.unfinished import cannot_write, merge_folder
 from cart_hf.output.writer import WeightWriter, allocate, missing_bytes
 from cart_hf.parallel import Progress, in_parallel
 from cart_hf.plan import Plan, Shard, lay_out, make_plan
@@ -241,7 +241,7 @@ def _execute(
     stop = work / "stop"  # a process that fails makes it: the others look for it now and then
     started = time.perf_counter()
 
-    @telling(job.target)
+    @telling(cannot_write(job.target))
     def make_room() -> None:
         stop.unlink(missing_ok=True)
         check_space(folder, missing_bytes(folder, shards))
@@ -251,14 +251,14 @@ def _execute(
         if processes.count > 1 and stop.exists():
             raise StoppedError
 
-    @telling(job.target)
+    @telling(cannot_write(job.target))
     def merge_share() -> None:
         with Journal(work) as journal, WeightWriter(folder, shards, journal) as writer:
             done = _done(work, writer, processes, workers)
             write, store = writer.write, job.store
             run(plan, processes, write, workers=workers, store=store, done=done, check=check, progress=progress)
 
-    @telling(job.target)
+    @telling(cannot_write(job.target))
     def finish() -> None:
         seconds["merge"] = time.perf_counter() - started
         write_folder(folder, plan, shards)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -15,6 +16,21 @@ class UserError(Exception):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Say what could not be done when the system refuses it: what the system or safetensors raises does not.
+
+    :param what: such as "cannot write FILE".
+    :raises UserError: instead of an OSError.
+    """
+    from safetensors import SafetensorError  # which wraps a full disk in an error of its own
+
+    try:
+        yield
+    except (OSError, SafetensorError) as failure:
+        raise UserError(f"{what}: {getattr(failure, 'strerror', None) or failure}") from failure
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

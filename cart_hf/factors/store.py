@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cart_hf.errors import UserError
+from cart_hf.errors import telling
 from cart_hf.plan import Group, Plan
 from cart_hf.sources import Checkpoint
 
@@ -88,14 +88,14 @@ class FactorStore:
             "squares": factors.squares,
         }
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with telling(f"--factors: cannot write {path}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: part.cpu().contiguous() for name, part in parts.items()}, draft, _metadata(plan, group))
-            draft.replace(path)
-        except (OSError, SafetensorError) as failure:  # safetensors wraps a full disk in an error of its own
-            draft.unlink(missing_ok=True)
-            reason = getattr(failure, "strerror", None) or failure
-            raise UserError(f"--factors: cannot write {path}: {reason}") from failure
+            try:
+                tensors = {name: part.cpu().contiguous() for name, part in parts.items()}
+                save_file(tensors, draft, _metadata(plan, group))
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
 
     def _path(self, plan: Plan, group: Group) -> Path:
         name = re.sub(r"[^A-Za-z0-9.]+", "_", group.name)[-100:]
@@ -112,7 +112,7 @@ def _metadata(plan: Plan, group: Group) -> dict[str, str]:
         "tensors": json.dumps([tensor.name for tensor in group.tensors]),
         "models": json.dumps([plan.models[i].name for i, _ in first.inputs]),
         "weights": json.dumps([w / sum(weight) for w in weight]),
-        "dtype": "float64" if plan.recipe.dtype == "float64" else "float32",
+        "dtype": plan.arithmetic,
         "solver": str(first.parameters.get("solver", "fast")),
     }
 

@@ -11,9 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from cart_hf.errors import UserError
+from cart_hf.errors import UserError, telling
 from cart_hf.output.folder import WorkFolder, work_folders
 from cart_hf.output.journal import is_empty
 from cart_hf.output.state import State, check_unchanged
@@ -49,24 +47,16 @@ def merge_folder(target: Path, state: State, *, overwrite: bool, resume: bool) -
             if not found:
                 with suppress(OSError):  # a file system without locks: nobody will dare to continue it
                     stack.enter_context(_lock(output.parent))
-                with telling(target):
+                with telling(cannot_write(target)):
                     _write_state(output.parent, state)
             yield output
         for left in unfinished(target):
             shutil.rmtree(left, ignore_errors=True)
 
 
-@contextmanager
-def telling(target: Path) -> Iterator[None]:
-    """Say what could not be written: what the system or safetensors raises does not.
-
-    :raises UserError: instead of an OSError.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as failure:  # safetensors wraps a full disk in an error of its own
-        reason = getattr(failure, "strerror", None) or failure
-        raise UserError(f"cannot write the output {target}: {reason}") from failure
+def cannot_write(target: Path) -> str:
+    """Return how a message starts that says why there is no output."""
+    return f"cannot write the output {target}"
 
 
 def unfinished(target: Path) -> list[Path]:
