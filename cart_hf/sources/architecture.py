@@ -11,7 +11,7 @@ code, which takes seconds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -85,15 +85,7 @@ class Architecture:
     def module_names(self, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
         """Map a checkpoint's file keys to (module name, slot), see :func:`cart_hf.sources.modelling.module_names`."""
         keys = sorted(keys)
-        place = _place(self.structure, self.wanted, keys)
-        known = recall(place) if place else None
-        if known is None:
-            from cart_hf.sources import modelling
-
-            model = modelling.build(self.structure, self.wanted)
-            known = modelling.module_names(model, keys)
-            if place and modelling.is_of_libraries(model):
-                keep(place, known)
+        known = _known(self.structure, self.wanted, keys)
         return {key: (name, slot) for key, (name, slot) in known.items()}
 
     def path_of(self, other: Architecture) -> dict[str, str]:
@@ -148,15 +140,7 @@ def renamed(name: str, paths: Mapping[str, str]) -> str | None:
 
 @cache
 def _described(structure: str, wanted: str) -> Architecture:
-    place = _place(structure, wanted)
-    data = recall(place) if place else None
-    if data is None:
-        from cart_hf.sources import modelling
-
-        model = modelling.build(structure, wanted)
-        data = modelling.description(model)
-        if place and modelling.is_of_libraries(model):
-            keep(place, data)
+    data = _known(structure, wanted)
     slots = {
         name: Slot(tuple(slot["shape"]), slot["linear"], Block(**slot["block"]) if slot["block"] else None)
         for name, slot in data["slots"].items()
@@ -164,7 +148,21 @@ def _described(structure: str, wanted: str) -> Architecture:
     return Architecture(**data | {"slots": slots}, structure=structure, wanted=wanted)
 
 
-def _place(structure: str, wanted: str, keys: Iterable[str] = ()) -> Path | None:
+def _known(structure: str, wanted: str, keys: Sequence[str] | None = None) -> Any:
+    """Return the description of a class, or with ``keys`` its names for them: from our cache, or from transformers."""
+    place = _place(structure, wanted, keys)
+    known = recall(place) if place else None
+    if known is None:
+        from cart_hf.sources import modelling
+
+        model = modelling.build(structure, wanted)
+        known = modelling.description(model) if keys is None else modelling.module_names(model, keys)
+        if place and modelling.is_of_libraries(model):
+            keep(place, known)
+    return known
+
+
+def _place(structure: str, wanted: str, keys: Sequence[str] | None) -> Path | None:
     """Return the file that keeps what is known of a class, or of its names for ``keys``; None where none may.
 
     Its name is a hash of all that the contents depend on.
@@ -172,7 +170,7 @@ def _place(structure: str, wanted: str, keys: Iterable[str] = ()) -> Path | None
     about = _makers()
     if about is None:
         return None
-    text = json.dumps([about, structure, wanted, list(keys)])
+    text = json.dumps([about, structure, wanted, keys])
     return cache_folder("architectures") / f"{sha256(text.encode()).hexdigest()[:40]}.json"
 
 
