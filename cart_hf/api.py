@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cart_hf.errors import UserError, telling
-from cart_hf.factors import FactorStore
+from cart_hf.factors import FactorStore, open_store
 from cart_hf.merging import Span, default_workers, run
 from cart_hf.methods import get_method
 from cart_hf.output.folder import check_inputs, check_space, check_target, tokenizer_source, write_folder
@@ -165,12 +165,7 @@ def _factor_store(recipe: Recipe, folder: str | Path | None, rank_ratio: float |
     method = get_method(recipe.merge_method)
     if method.of_factors is None:
         raise UserError(f"--factors: {method.name} decomposes nothing; leave it out")
-    if rank_ratio is not None and not 0 < rank_ratio <= 1:
-        raise UserError(f"--factors-rank-ratio: must be between 0 and 1, not {rank_ratio}")
-    path = resolved_target(folder)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--factors: {path} is not a folder")
-    return FactorStore(path, rank_ratio or 0.0)
+    return open_store(resolved_target(folder), rank_ratio)
 
 
 def resolved_target(output: str | Path) -> Path:

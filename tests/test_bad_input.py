@@ -233,7 +233,7 @@ FILES = [
     case("index a list", index("[]"), INDEX, "not a valid index", AGAIN),
     case("index without a map", index("{}"), INDEX, "not a valid index", AGAIN),
     case("index map a list", index('{"weight_map": []}'), INDEX, "not a valid index", AGAIN),
-    case("PEFT adapter", adapter, "PEFT adapter", "merge_and_unload"),
+    case("adapter without a base", adapter, "adapter_config.json", "names no base model", "BASE+"),
 ]
 
 
@@ -501,7 +501,7 @@ REFERENCES = [
     case("spaces", "my model", "'my model'", "neither an existing folder nor a Hub id"),
     case("empty", "", "empty model reference"),
     case("no revision", "org/name@", "org/name@revision"),
-    case("LoRA", "org/name+org/lora", "LoRA", "merge_and_unload"),
+    case("no adapter", "org/name+./nowhere", "base+adapter", "folder not found: ./nowhere"),
     case("URL", "https://huggingface.co/org/name", "neither an existing folder nor a Hub id"),
     case("no such user", "~nosuchuser/m", "~nosuchuser/m"),
     case("too long", "x" * 300, "xxx"),
@@ -739,8 +739,13 @@ RECIPES = [
         "revision of a local folder", PLAIN.replace("{M1}", "{path: {M1}, revision: v1}"), "models[1]", "local folder"
     ),
     case("missing folder", PLAIN.replace("{M1}", "./nowhere"), "models[1]: folder not found: ./nowhere"),
-    case("LoRA in a mapping", PLAIN.replace("{M1}", "{model: {path: {M1}}, lora: {path: x}}"), "'lora'", "mergekit"),
-    case("LoRA in a string", PLAIN.replace("{M1}", "a/b+c/d"), "LoRA", "merge_and_unload"),
+    case(
+        "LoRA twice",
+        PLAIN.replace("{M1}", "{model: {path: org/base+org/lora}, lora: {path: x}}"),
+        "models[1]",
+        "one adapter for each model",
+    ),
+    case("LoRA nowhere", PLAIN.replace("{M1}", "a/b+./nowhere"), "models[1]", "folder not found: ./nowhere"),
     case(
         "override_architecture",
         PLAIN.replace("{M1}", "{model: {path: {M1}}, override_architecture: X}"),

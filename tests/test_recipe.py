@@ -17,8 +17,8 @@ from cart_hf.errors import UserError
 from cart_hf.plan import Plan
 from cart_hf.recipe import Recipe, Reference, recipe_from_flags
 from cart_hf.recipe.reference import split_name
-from cart_hf.recipe.schema import parse_size
 from cart_hf.recipe.settings import evaluate, filters, matches_filter, matches_pattern, scalars
+from cart_hf.recipe.sizes import parse_size
 
 LAYERS = 5
 OUTSIDE, FIRST, MIDDLE, LAST = (
@@ -545,10 +545,10 @@ def test_home(tmp_path, monkeypatch):
         ("org/name@", "neither"),
         ("-org/name", "neither"),
         ("hf://org/name", "neither"),
-        ("org/name+org/lora", "LoRA"),
+        ("org/name+/no/such", "folder not found: /no/such"),
         ("org/name@v1@v2", "neither"),
         ("@v1", "neither"),
-        ("org/name@v1+org/lora", "LoRA"),
+        ("org/name@v1@v2+org/lora", "neither"),
     ],
 )
 def test_no_reference(text, why, tmp_path, monkeypatch):

@@ -34,6 +34,10 @@ class Factors:
         """How many directions there are."""
         return self.singular.shape[1]
 
+    def cut(self, k: int) -> Factors:
+        """Return the first ``k`` directions."""
+        return Factors(self.left[:, :, :k], self.singular[:, :k], self.right[:, :k], self.squares)
+
     def ranks(self, *, rank: int | None = None, energy: float | None = None) -> list[int] | None:
         """Return how many directions of each matrix to keep, or None when more are asked for than there are.
 

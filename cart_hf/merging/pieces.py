@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cart_hf.errors import UserError
+from cart_hf.merging.thin import centred_products, find_thin
 from cart_hf.methods import get_method
 from cart_hf.plan import Group, Plan, PlannedTensor
 from cart_hf.sources import DTYPES, Checkpoint
 
 if TYPE_CHECKING:
     from cart_hf.factors import FactorStore
+    from cart_hf.factors.store import Centred
+    from cart_hf.recipe.compression import Centre
 
 Thresholds = Mapping[tuple[int, str], float]
 """Magnitude below which entries are trimmed, by (model, tensor name)."""
@@ -38,35 +41,80 @@ def merge_group(plan: Plan, group: Group, device: torch.device, store: FactorSto
     from cart_hf.linalg.gram import DecompositionError  # here: element-wise work does without SciPy
 
     first = group.tensors[0]
-    wanted = {"rank": first.rank, "energy": first.energy}
     try:
-        if store is None:
-            return plan.method.function(models=_read_group(plan, group, device), **_arguments(plan, first), **wanted)
-        return _merge_by_factors(plan, group, device, store)
+        if store is not None:
+            return _merge_by_factors(plan, group, *decomposed(plan, group, device, store))
+        if plan.method.of_factors is not None and find_thin(plan, group) is not None:
+            centred = _centred(plan, group, device, rank=first.rank, energy=first.energy)
+            return _merge_by_factors(plan, group, centred)
+        models = _read_group(plan, group, device)
+        return plan.method.function(models=models, rank=first.rank, energy=first.energy, **_arguments(plan, first))
     except DecompositionError as failure:
         raise RuntimeError(
             f"{plan.method.name} failed on tensor '{group.name}' (shape {list(group.shape)}): {failure}"
         ) from failure
 
 
-def _merge_by_factors(plan: Plan, group: Group, device: torch.device, store: FactorStore) -> torch.Tensor:
-    from cart_hf.factors.store import Centred
-    from cart_hf.methods.cart import centred_factors
+def _merge_by_factors(plan: Plan, group: Group, centred: Centred, ranks: Sequence[int] | None = None) -> torch.Tensor:
+    arguments = _arguments(plan, group.tensors[0])
+    arguments.pop("solver", None)
+    assert plan.method.of_factors is not None  # refused before the work
+    return plan.method.of_factors(centre=centred.centre, factors=centred.factors, ranks=ranks, **arguments)
 
+
+def decomposed(
+    plan: Plan, group: Group, device: torch.device, store: FactorStore
+) -> tuple[Centred, Sequence[int] | None]:
+    """Return the centre and the factors of a matrix (or fused group), as kept, or else computed and then kept.
+
+    :return: also how many directions of each model the plan keeps; None: all there are.
+    """
     first = group.tensors[0]
-    arguments = _arguments(plan, first)
-    solver = arguments.pop("solver", "fast")
     centred = store.load(plan, group, device)
     ranks = centred.factors.ranks(rank=first.rank, energy=first.energy) if centred else None
     if centred is None or ranks is None:
-        models = _read_group(plan, group, device)
         rank = store.rank(group, first.rank) if first.rank else None
-        found = centred_factors(models, arguments["weight"], rank=rank, energy=first.energy, solver=solver)
-        centred = Centred(*found)
+        centred = _centred(plan, group, device, rank=rank, energy=first.energy, centre=store.centre)
         store.keep(plan, group, centred)
         ranks = centred.factors.ranks(rank=first.rank) if first.rank else None
-    assert plan.method.of_factors is not None  # refused before the work
-    return plan.method.of_factors(centre=centred.centre, factors=centred.factors, ranks=ranks, **arguments)
+    return centred, ranks
+
+
+def _centred(
+    plan: Plan,
+    group: Group,
+    device: torch.device,
+    *,
+    rank: int | None,
+    energy: float | None,
+    centre: Centre = "average",
+) -> Centred:
+    """Compute the centre and the factors of a matrix (or fused group)."""
+    from cart_hf.factors.store import Centred
+    from cart_hf.methods.cart import centred_factors
+
+    parameters = group.tensors[0].parameters
+    weight, solver = parameters["weight"], parameters.get("solver", "fast")
+    thin = find_thin(plan, group) if centre == "average" else None
+    if thin is not None:
+        matrix = thin.read_base(_arithmetic(plan)).to(device)
+        i, name = group.tensors[0].inputs[0]
+        refuse_broken(matrix, plan.models[i], name)
+        return Centred(*centred_products(thin, matrix, weight, rank=rank, energy=energy))
+    models = _read_group(plan, group, device)
+    around = _read_base(plan, group, device) if centre == "base" else None
+    return Centred(*centred_factors(models, weight, rank=rank, energy=energy, solver=solver, centre=around))
+
+
+def _read_base(plan: Plan, group: Group, device: torch.device) -> torch.Tensor:
+    """Read the base's matrices, stacked, shape (m, n)."""
+    assert plan.base is not None  # what to centre at the base means
+    parts = [
+        read_input(plan, plan.base, tensor.base_input, (0, tensor.elements), device).view(tensor.shape)
+        for tensor in group.tensors
+        if tensor.base_input is not None
+    ]
+    return torch.cat(parts)
 
 
 def _read_group(plan: Plan, group: Group, device: torch.device) -> torch.Tensor:

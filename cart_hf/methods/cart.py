@@ -43,14 +43,17 @@ def centred_factors(
     rank: int | None = None,
     energy: float | None = None,
     solver: Solver = "fast",
+    centre: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Factors]:
-    """Return the weighted average of the matrices, and the factors of what is left of each.
+    """Return the centre of the matrices, and the factors of what is left of each.
 
     :param models, weight, rank, energy, solver: see :func:`cart`.
+    :param centre: shape (m, n); default: their weighted average.
     """
     from cart_hf.linalg.low_rank import factorize
 
-    centre = average(models=models, weight=weight)
+    if centre is None:
+        centre = average(models=models, weight=weight)
     return centre, factorize(models.sub_(centre), rank=rank, energy=energy, solver=solver)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from cart_hf.errors import UserError
 from cart_hf.merging.pieces import is_finite, refuse_broken
-from cart_hf.output.record import MERGE_FILE
+from cart_hf.output.record import COMPRESS_FILE, MERGE_FILE
 from cart_hf.plan import Plan, Shard
 from cart_hf.recipe import Reference
 from cart_hf.sources import DTYPES, Checkpoint
@@ -52,7 +52,9 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         return
     if target == Path.cwd() and not any(target.iterdir()):
         raise UserError(f"{target} is the current folder, which cannot be replaced; name a folder in it")
-    check_replaceable(target, overwrite=overwrite, what="an output of cart-hf", marker=MERGE_FILE)
+    # a merge, a compression, or the adapter of a single model
+    marker = COMPRESS_FILE if (target / COMPRESS_FILE).is_file() else MERGE_FILE
+    check_replaceable(target, overwrite=overwrite, what="an output of cart-hf", marker=marker)
 
 
 def check_replaceable(target: Path, *, overwrite: bool, what: str, marker: str) -> None:
@@ -76,9 +78,9 @@ def check_inputs(target: Path, plan: Plan) -> None:
     :raises UserError: naming the model.
     """
     for checkpoint in plan.checkpoints:
-        folder = checkpoint.folder.resolve()
-        if target == folder or target in folder.parents or folder in target.parents:
-            raise UserError(f"the output {target} is or holds {checkpoint.name} ({folder}), which it is made from")
+        for folder in (folder.resolve() for folder in checkpoint.folders):
+            if target == folder or target in folder.parents or folder in target.parents:
+                raise UserError(f"the output {target} is or holds {checkpoint.name} ({folder}), which it is made from")
 
 
 class WorkFolder:
@@ -205,10 +207,10 @@ def tokenizer_source(plan: Plan) -> Checkpoint:
 
 def _copy_files(donors: Iterable[Checkpoint], folder: Path, names: Sequence[str]) -> None:
     """Copy the named files of the first donor that has any."""
-    for donor in donors:
-        present = [name for name in names if (donor.folder / name).is_file()]
+    for place in (place for donor in donors for place in donor.folders):
+        present = [name for name in names if (place / name).is_file()]
         for name in present:
-            shutil.copyfile(donor.folder / name, folder / name)
+            shutil.copyfile(place / name, folder / name)
         if present:
             return
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,22 @@ from cart_hf import __version__
 from cart_hf.output.origin import Origin, local_origin, origins
 from cart_hf.plan import Plan, Shard
 from cart_hf.processes import Processes
-from cart_hf.recipe import Recipe, Reference
+from cart_hf.recipe import Recipe
 from cart_hf.sources import Checkpoint
 from cart_hf.sources.download import sha256_in_cache
 
-MERGE_FILE, RECIPE_FILE = "merge.json", "cart_hf.yaml"
+MERGE_FILE, RECIPE_FILE, COMPRESS_FILE = "merge.json", "cart_hf.yaml", "compress.json"
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "scipy")
 
 
 def resolved_recipe(plan: Plan) -> Recipe:
     """Return the recipe with every Hub reference pinned to the commit that was used."""
 
-    def pinned(reference: Reference, checkpoint: Checkpoint) -> Reference:
-        return Reference(reference.path, checkpoint.commit or reference.revision, reference.subfolder)
-
     models = tuple(
-        entry.model_copy(update={"model": pinned(entry.model, checkpoint)})
+        entry.model_copy(update={"model": checkpoint.pinned})
         for entry, checkpoint in zip(plan.recipe.models, plan.models, strict=True)
     )
-    base = plan.recipe.base_model
-    if base is not None and plan.base is not None:
-        base = pinned(base, plan.base)
+    base = plan.base.pinned if plan.base is not None else None
     return plan.recipe.model_copy(update={"models": models, "base_model": base})
 
 
@@ -44,9 +40,6 @@ def record(
 
     :param factors_found: how many matrices had factors; None when none were looked for.
     """
-    remote = [(c.reference.path, c.commit) for c in plan.checkpoints if not c.reference.is_local]
-    known = iter(origins(remote))
-    sources = [_source(c, local_origin(c.folder) if c.reference.is_local else next(known)) for c in plan.checkpoints]
     return {
         "cart_hf": __version__,
         "method": plan.method.name,
@@ -56,8 +49,7 @@ def record(
         "parameters": plan.recipe.parameters,
         "output_class": plan.output_class,
         "loader": plan.loader,
-        "base": sources[0] if plan.base else None,
-        "models": sources[len(sources) - len(plan.models) :],
+        **sources_of(plan),
         "counts": {role: plan.count(role) for role in ("low_rank", "elementwise", "average", "base")}
         | {"heads": sum(map(len, plan.heads.values()))},
         "tensors": {
@@ -76,6 +68,20 @@ def record(
     }
 
 
+def sources_of(plan: Plan) -> dict[str, Any]:
+    """Return what is recorded of the base, if there is one, and of the models."""
+    everyone = [c for c in (*plan.checkpoints, *(c.adapts for c in plan.checkpoints)) if c is not None]
+    remote = list(dict.fromkeys((c.place.path, c.commit) for c in everyone if not c.place.is_local))
+    known = dict(zip(remote, origins(remote), strict=True))
+
+    def origin_of(checkpoint: Checkpoint) -> Origin:
+        place = checkpoint.place
+        return local_origin(checkpoint.folder) if place.is_local else known[place.path, checkpoint.commit]
+
+    sources = [_source(checkpoint, origin_of) for checkpoint in plan.checkpoints]
+    return {"base": sources[0] if plan.base else None, "models": sources[len(sources) - len(plan.models) :]}
+
+
 def versions() -> dict[str, str]:
     """Return the versions of the packages a result depends on."""
     found = {}
@@ -87,17 +93,29 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _source(checkpoint: Checkpoint, origin: Origin) -> dict[str, Any]:
-    return {
+def _source(checkpoint: Checkpoint, origin_of: Callable[[Checkpoint], Origin]) -> dict[str, Any]:
+    base, reference = checkpoint.adapts, checkpoint.reference
+    if base is not None:
+        reference = replace(base.place, adapter=checkpoint.place)
+    is_public = not checkpoint.place.is_local and (base is None or not base.place.is_local)
+    found = {
         "name": checkpoint.name,
-        "reference": str(checkpoint.reference),
-        "hub_id": None if checkpoint.reference.is_local else checkpoint.reference.path,
+        "reference": str(reference),
+        "hub_id": checkpoint.place.path if is_public else None,
         "commit": checkpoint.commit,
         "class": checkpoint.architecture.class_name,
-        "origin": origin.to_dict(),
+        "origin": origin_of(checkpoint).to_dict(),
         "ignored_tensors": list(checkpoint.ignored),
         "files": {name: identify(file.fetch()) for name, file in checkpoint.files.items()},
     }
+    if base is not None:
+        found["adapts"] = {
+            "hub_id": None if base.place.is_local else base.place.path,
+            "commit": base.commit,
+            "class": base.architecture.class_name,
+            "origin": origin_of(base).to_dict(),
+        }
+    return found
 
 
 def identify(path: Path) -> dict[str, Any]:

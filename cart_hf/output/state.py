@@ -16,6 +16,7 @@ from cart_hf.errors import UserError
 from cart_hf.output.record import identify, resolved_recipe, versions
 from cart_hf.plan import Plan, Shard
 
+_NOT_OF_THE_BYTES = ("evaluation", "benchmark", "compress")  # keys of a recipe
 _ADVICE = "or leave out --resume to start afresh"
 
 
@@ -41,18 +42,20 @@ class State:
         :param execution: the kind of device that computes, and whatever else is no part of the recipe.
         """
         recipe = yaml.safe_load(resolved_recipe(plan).to_yaml())
-        settings = dict(_flat({key: value for key, value in recipe.items() if key not in ("evaluation", "benchmark")}))
+        settings = dict(_flat({key: value for key, value in recipe.items() if key not in _NOT_OF_THE_BYTES}))
         packages = versions()
         settings |= {"cart-hf": __version__, "torch": packages.get("torch"), "scipy": packages.get("scipy")}
         sources: dict[str, dict[str, Any]] = {}
         for checkpoint in plan.checkpoints:
             for name, file in checkpoint.files.items():
                 path = file.fetch()
-                local = {} if checkpoint.commit else {"modified": path.stat().st_mtime_ns}
+                local = {} if checkpoint.owner_of(file).commit else {"modified": path.stat().st_mtime_ns}
                 sources[f"{checkpoint.name}: {name}"] = identify(path) | local
         tensors = [asdict(tensor) for tensor in plan.tensors]
         files = [(shard.filename, hashlib.sha256(shard.header).hexdigest()) for shard in shards]
-        text = json.dumps([plan.method.name, tensors, files], sort_keys=True, default=str)
+        # what an adapter adds: its settings say how much
+        added = [(c.name, name, c.part(name).done) for c in plan.checkpoints if c.adapts for name in c.tensors]
+        text = json.dumps([plan.method.name, tensors, added, files], sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()
         return cls(target.name, {**settings, **execution}, sources, digest)
 

@@ -10,6 +10,7 @@ import torch
 
 from cart_hf.errors import UserError
 from cart_hf.methods import Method, get_method
+from cart_hf.methods.registry import BUILT_IN
 from cart_hf.plan import checks
 from cart_hf.plan.align import Aligned, align, reference_architecture
 from cart_hf.plan.model import HeadTensor, Plan, PlannedTensor, Role
@@ -98,13 +99,16 @@ def _plan_tensor(context: _Context, name: str) -> PlannedTensor:
     first = owners[0][1] if owners else base
     assert first is not None  # every planned name comes from the base or a model
     stored, slot = first.stored(name), first.slots[name]
+    block = context.reference.slots[slot].block
     key = _file_key(context, name, owners, base)
     role, reason = _role(context, (name, key), slot, has_models=bool(owners), has_base=base is not None)
+    parameters = _parameters(context, (name, key), block.position if block else 0.0, [i for i, _ in owners])
     if not stored.is_floating:
         role, reason = "base", "not floating-point: copied"
+    elif _is_unchanged(context, name, owners, base, parameters):
+        role, reason = "base", checks.UNCHANGED
     elif role == "low_rank" and (len(stored.shape) != 2 or not stored.elements):
         role, reason = "average", "not a matrix"
-    block = context.reference.slots[slot].block
     donors = [model for _, model in owners] or [first]
     tensor = PlannedTensor(
         name=name,
@@ -115,7 +119,7 @@ def _plan_tensor(context: _Context, name: str) -> PlannedTensor:
         reason=reason,
         inputs=tuple((i, model.backbone[name]) for i, model in owners),
         base_input=base.backbone[name] if base else None,
-        parameters=_parameters(context, (name, key), block.position if block else 0.0, [i for i, _ in owners]),
+        parameters=parameters,
         tasks=tuple(model.checkpoint.name for model in context.headed if name in model.backbone),
     )
     return _with_rank(tensor) if role == "low_rank" else tensor
@@ -149,6 +153,31 @@ def _role(
     if method.name == "average":
         return "average", "average"
     return ("elementwise", method.name) if has_base or not method.needs_base else ("average", "not in the base")
+
+
+def _is_unchanged(
+    context: _Context,
+    name: str,
+    owners: Sequence[tuple[int, Aligned]],
+    base: Aligned | None,
+    parameters: Mapping[str, Any],
+) -> bool:
+    """Whether all models are adapters of one base, none changes this tensor of it, and so the merge does not either.
+
+    A plain sum of the models is no such merge. Fused with others that change, it is a part of what changes; and where
+    entries are trimmed by their magnitudes in the whole model, its zeros count.
+    """
+    method = context.method
+    is_sum = method.name == "average" and not parameters.get("normalize", True)
+    if not owners or is_sum or parameters.get("fuse_qkv") or method.survey:
+        return False
+    if method.name not in BUILT_IN:  # a user's own may do anything
+        return False
+    if any(model.checkpoint.adapts is None for _, model in owners) or (context.base is not None and base is None):
+        return False
+    everyone = [model for _, model in owners] + ([base] if base else [])
+    parts = [model.checkpoint.part(model.backbone[name]) for model in everyone]
+    return all(part.change is None for part in parts) and len({(part.file, part.key) for part in parts}) == 1
 
 
 def _low_rank_role(reference: Architecture, slot_name: str) -> tuple[Role, str]:

@@ -13,6 +13,8 @@ from cart_hf.recipe import Recipe
 from cart_hf.recipe.settings import evaluate, filters, matches_pattern
 from cart_hf.sources import DTYPES, Architecture, Checkpoint
 
+UNCHANGED = "changed by no model"  # why a tensor is copied
+TWO_MODELS = "two models: their centred task vectors cancel, so CART equals the weight average for every rank and scale"
 MOST_MISMATCHES = 3  # of one pair of models: a model of another width would fill the screen
 
 
@@ -107,7 +109,15 @@ def check_patterns(recipe: Recipe, method: Method, tensors: Sequence[PlannedTens
 
 def check_low_rank(method: Method, tensors: Sequence[PlannedTensor], problems: list[str]) -> None:
     """Refuse a low-rank method that would act on nothing: it would silently be an average."""
-    if method.low_rank and not any(tensor.role == "low_rank" for tensor in tensors):
+    if not method.low_rank or any(tensor.role == "low_rank" for tensor in tensors):
+        return
+    unchanged = sum(tensor.reason == UNCHANGED for tensor in tensors)
+    if unchanged:
+        problems.append(
+            f"{method.name} has nothing to decompose: the adapters change {len(tensors) - unchanged} tensors, and none "
+            "is a Linear weight in encoder blocks; use --method average"
+        )
+    else:
         problems.append(
             f"{method.name} found no Linear weight in encoder blocks (low-rank: 0 of {len(tensors)} tensors), "
             "so it would only average; name the matrices with --include, or use --method average"
@@ -139,13 +149,17 @@ def warnings_for(
     """Return what the user should know although the merge is possible."""
     warnings = []
     if method.name == "cart" and len(models) == 2:
-        warnings.append(
-            "two models: their centred task vectors cancel, so CART equals the weight average for every rank and scale"
-        )
+        warnings.append(TWO_MODELS)
     stored = {models[i].tensors[name].stored for tensor in tensors for i, name in tensor.inputs}
     types = sorted({s.dtype for s in stored if DTYPES[s.dtype].is_floating_point})
     if len(types) > 1:
         warnings.append(f"the models' weights are stored in different types ({', '.join(types)})")
+    warnings += [
+        f"{model.name} is an adapter of {model.adapts.reference}, and not of the base, {base.reference}: "
+        "where these two differ, that is merged too"
+        for model in models
+        if base is not None and model.adapts is not None and model.adapts is not base
+    ]
     headless = [model.name for model in models if model.name not in heads and not model.architecture.shared_head]
     if headless:
         warnings.append(f"{shorten(headless)}: the files hold no head, so tasks/NAME is not written")
@@ -163,7 +177,8 @@ def warnings_for(
 def _vocabulary(checkpoint: Checkpoint) -> str | None:
     """Return a checkpoint's vocabulary file as text, if it has one of the plain kinds."""
     for name in ("vocab.txt", "vocab.json"):
-        path = checkpoint.folder / name
-        if path.is_file():
-            return name + path.read_text(encoding="utf-8")
+        for folder in checkpoint.folders:
+            path = folder / name
+            if path.is_file():
+                return name + path.read_text(encoding="utf-8")
     return None

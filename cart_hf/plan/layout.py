@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cart_hf.plan.model import Plan, PlannedTensor
-from cart_hf.recipe.schema import parse_size
+from cart_hf.recipe.sizes import parse_size
 from cart_hf.sources import element_size
 
 

@@ -1,6 +1,7 @@
 """What to do, declared: the recipe schema, read from YAML or from flags."""
 
 from cart_hf.recipe.benchmark import Benchmark, Selection, Trial
+from cart_hf.recipe.compression import Compression
 from cart_hf.recipe.evaluation import Evaluation
 from cart_hf.recipe.flags import recipe_from_flags, refuse_flags
 from cart_hf.recipe.reference import Reference
@@ -8,6 +9,7 @@ from cart_hf.recipe.schema import ModelEntry, Recipe
 
 __all__ = [
     "Benchmark",
+    "Compression",
     "Evaluation",
     "ModelEntry",
     "Recipe",

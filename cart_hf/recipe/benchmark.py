@@ -5,7 +5,16 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cart_hf.recipe.compression import RANKS, AdapterType, Compression, Restore, Solver
+from cart_hf.recipe.sizes import parse_size
+
+INDEXING = "CART-Indexing"
+"""What people call one centre with an adapter for each task."""
+
+_DECIDES = (*RANKS, "budget")
+_RANK_RATIOS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
 
 
 class Trial(BaseModel):
@@ -57,6 +66,77 @@ class Trial(BaseModel):
         ]
 
 
+class Sweep(BaseModel):
+    """CART-Indexing at several sizes, a row of the table for each: see :class:`cart_hf.recipe.Compression`.
+
+    :param rank_ratio, rank, energy, budget: one of them, with the values to compare; default: rank ratios from 1 % to
+        100 %.
+    :param restore, dtype, solver: what the rows have in common.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank_ratio: tuple[float, ...] | None = None
+    rank: tuple[int, ...] | None = None
+    energy: tuple[float, ...] | None = None
+    budget: tuple[str, ...] | None = None
+    restore: Restore = "small"
+    dtype: AdapterType = "float32"
+    solver: Solver | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: Any) -> Any:
+        if data is True:
+            return {}
+        if not isinstance(data, dict | Sweep):
+            raise ValueError(f"expected true, or a mapping such as {{rank_ratio: [0.04, 0.08]}}, not {data!r}")
+        return data
+
+    @field_validator(*_DECIDES, mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return value if value is None or isinstance(value, list | tuple) else (value,)
+
+    @field_validator("budget")
+    @classmethod
+    def _readable_sizes(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for size in value or ():
+            parse_size(size)
+        return value
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Sweep:
+        given = [name for name in _DECIDES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one")
+        names = [name for name, _ in self.rows]
+        if not names:
+            raise ValueError(f"{given[0]}: no values to compare")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{given[0]}: two values for '{twice}'; keep one")
+        return self
+
+    @property
+    def rows(self) -> list[tuple[str, Compression]]:
+        """Each row's name, and how its adapters are made."""
+        given = {name: getattr(self, name) for name in _DECIDES if getattr(self, name) is not None}
+        decides, values = next(iter(given.items()), ("rank_ratio", _RANK_RATIOS))
+        alike = {"restore": self.restore, "dtype": self.dtype, "solver": self.solver}
+        return [
+            (f"{INDEXING} {_in_words(decides, value)}", Compression.model_validate({decides: value, **alike}))
+            for value in values
+        ]
+
+
+def _in_words(decides: str, value: Any) -> str:
+    """Return what decides the size of adapters, short: ``8 %``, ``rank 16``, ``90 % energy``, ``5MB``."""
+    if decides == "budget":
+        return str(value)
+    return f"rank {value}" if decides == "rank" else f"{100 * value:g} %" + " energy" * (decides == "energy")
+
+
 class Selection(BaseModel):
     """The examples that settings are chosen on.
 
@@ -75,18 +155,26 @@ class Benchmark(BaseModel):
 
     :param methods: the rows, besides the pretrained model and the individual ones.
     :param selection: where settings are chosen.
+    :param compress: sizes of CART-Indexing, which are rows too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    methods: tuple[Trial, ...]
+    methods: tuple[Trial, ...] = ()
     selection: Selection = Selection()
+    compress: Sweep | None = None
+
+    @field_validator("compress", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: Any) -> Any:
+        return None if value is False else value
 
     @model_validator(mode="after")
     def _rows_have_names(self) -> Benchmark:
-        if not self.methods:
+        if not self.methods and self.compress is None:
             raise ValueError("methods: name at least one")
         names = [trial.name for trial in self.methods]
+        names += [name for name, _ in self.compress.rows] if self.compress is not None else []
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"methods: two rows are called '{twice}'; give one a name")

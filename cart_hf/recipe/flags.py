@@ -10,12 +10,13 @@ from cart_hf.recipe.reference import split_name
 from cart_hf.recipe.schema import Recipe
 
 
-def recipe_from_flags(settings: Mapping[str, Any], parameters: Mapping[str, Any]) -> Recipe:
+def recipe_from_flags(settings: Mapping[str, Any], parameters: Mapping[str, Any], *, fewest: int = 2) -> Recipe:
     """Build a recipe from flags; None means that a flag was not given.
 
     :param settings: the recipe's keys, but for ``base``, ``models`` (a list of ``[NAME=]REF``), ``method`` and
         ``weights`` (a number for each model).
     :param parameters: the method's parameters.
+    :param fewest: how many models there must be.
     :raises UserError: with every problem found.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -38,7 +39,7 @@ def recipe_from_flags(settings: Mapping[str, Any], parameters: Mapping[str, Any]
     }
     if "base" in given:
         data["base_model"] = given.pop("base")
-    return Recipe.from_mapping(data | given)
+    return Recipe.from_mapping(data | given, fewest=fewest)
 
 
 def refuse_flags(settings: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:

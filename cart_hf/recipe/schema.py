@@ -12,11 +12,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from cart_hf.errors import UserError
 from cart_hf.methods import Method, get_method
 from cart_hf.recipe import validation
-from cart_hf.recipe.benchmark import Benchmark, Selection, Trial
+from cart_hf.recipe.benchmark import Benchmark, Selection, Sweep, Trial
+from cart_hf.recipe.compression import Compression
 from cart_hf.recipe.evaluation import Evaluation
 from cart_hf.recipe.reading import read_mapping
 from cart_hf.recipe.reference import Reference, split_name, task_name
 from cart_hf.recipe.settings import pattern_problem
+from cart_hf.recipe.sizes import parse_size
 
 FloatType = Literal["float32", "float64", "bfloat16", "float16"]
 
@@ -67,6 +69,7 @@ class Recipe(BaseModel):
     :param max_shard_size: largest weight file, such as ``5GB``.
     :param evaluation: what the merged model is measured on.
     :param benchmark: which methods `cart-hf benchmark` compares.
+    :param compress: how `cart-hf compress` makes adapters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -84,6 +87,7 @@ class Recipe(BaseModel):
     max_shard_size: str = "5GB"
     evaluation: Evaluation | None = None
     benchmark: Benchmark | None = None
+    compress: Compression | None = None
 
     @field_validator("base_model", mode="before")
     @classmethod
@@ -122,21 +126,23 @@ class Recipe(BaseModel):
         return value
 
     @classmethod
-    def load(cls, path: str | Path) -> Recipe:
+    def load(cls, path: str | Path, *, fewest: int = 2) -> Recipe:
         """Read a recipe from a YAML file.
 
+        :param fewest: how many models there must be.
         :raises UserError: with every problem found, when the file or anything in it is wrong.
         """
         data = read_mapping(path, "recipe", "a recipe is a mapping with merge_method, base_model and models")
         try:
-            return cls.from_mapping(data)
+            return cls.from_mapping(data, fewest=fewest)
         except UserError as failure:
             raise UserError([f"{path}: {problem}" for problem in failure.problems]) from failure
 
     @classmethod
-    def from_mapping(cls, data: Mapping[str, Any]) -> Recipe:
+    def from_mapping(cls, data: Mapping[str, Any], *, fewest: int = 2) -> Recipe:
         """Read a recipe from what YAML holds: check everything, and make the method's defaults explicit.
 
+        :param fewest: how many models there must be.
         :raises UserError: with every problem found.
         """
         problems = validation.unsupported(data)
@@ -152,14 +158,15 @@ class Recipe(BaseModel):
         if method is not None:
             validation.check_parameters(cleaned, method, problems)
             if recipe is not None:
-                recipe = recipe._settled(method, problems)
+                recipe = recipe._settled(method, problems, fewest)
         if recipe is not None and not problems:
             recipe._check_benchmark(problems)
+            recipe._check_compress(problems)
         if problems or recipe is None:
             raise UserError(problems)
         return recipe
 
-    def _settled(self, method: Method, problems: list[str]) -> Recipe:
+    def _settled(self, method: Method, problems: list[str], fewest: int) -> Recipe:
         """Make explicit what the method implies, and check the models against it."""
         models = self.models
         if method.needs_base:
@@ -167,7 +174,7 @@ class Recipe(BaseModel):
                 problems.append(f"base_model: {method.name} works on task vectors and needs the base model")
             # mergekit's files list the base among the models; its own task vector is zero
             models = tuple(entry for entry in models if entry.model != self.base_model)
-        if len(models) < 2:
+        if len(models) < fewest:
             found = f"only one model ({models[0].model})" if models else "no model to merge"
             problems.append(f"models: {found}; a merge needs at least two")
         names = [entry.name.lower() for entry in models]  # folders: not every file system tells a from A
@@ -205,7 +212,8 @@ class Recipe(BaseModel):
         ]
         shared = {name: getattr(self, name) for name in Recipe.model_fields if name not in _OF_THE_METHOD}
         return Recipe.from_mapping(
-            {**shared, "merge_method": method, "models": models, "parameters": dict(parameters), "benchmark": None}
+            {**shared, "merge_method": method, "models": models, "parameters": dict(parameters)},
+            fewest=min(2, len(models)),
         )
 
     def _check_benchmark(self, problems: list[str]) -> None:
@@ -217,6 +225,16 @@ class Recipe(BaseModel):
                 except UserError as failure:
                     found |= dict.fromkeys(failure.problems)
             problems.extend(f"benchmark, row '{trial.name}': {problem}" for problem in found)
+
+    def _check_compress(self, problems: list[str]) -> None:
+        asked = [("compress", self.compress)] if self.compress is not None else []
+        if self.benchmark is not None and self.benchmark.compress is not None:
+            asked += [("benchmark.compress", compression) for _, compression in self.benchmark.compress.rows]
+        for place, compression in asked:
+            for name, value in compression.parameters.items():
+                problem = validation.parameter_problem(get_method("cart"), name, value)
+                if problem:
+                    problems.append(f"{place}.{name}: {problem}")
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML that :meth:`load` reads back to the same recipe."""
@@ -242,7 +260,7 @@ class Recipe(BaseModel):
             value = getattr(self, key)
             if key == "dtype" or (value not in (None, (), {}) and value != defaults[key].default):
                 data[key] = list(value) if isinstance(value, tuple) else value
-        for key in ("evaluation", "benchmark"):
+        for key in ("evaluation", "benchmark", "compress"):
             part = getattr(self, key)
             if part is not None:
                 data[key] = part.model_dump(mode="json", exclude_defaults=True)
@@ -256,24 +274,12 @@ def _keys_at(place: tuple[int | str, ...]) -> Iterable[str]:
     inner: dict[tuple[str, ...], type[BaseModel]] = {
         ("evaluation",): Evaluation,
         ("benchmark",): Benchmark,
+        ("compress",): Compression,
         ("benchmark", "methods"): Trial,
+        ("benchmark", "compress"): Sweep,
     }
     parts = tuple(part for part in place[:-1] if isinstance(part, str))
     return (ModelEntry if parts == ("models",) else inner.get(parts, Selection)).model_fields
 
 
-_OF_THE_METHOD = ("merge_method", "models", "parameters", "benchmark")
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as ``5GB`` or ``200MiB``.
-
-    :raises ValueError: when it is not one.
-    """
-    units = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
-    cleaned = str(text).strip().lower().replace(" ", "")
-    for unit, factor in units.items():
-        number = cleaned.removesuffix(unit)
-        if number != cleaned and number.replace(".", "", 1).isdigit() and float(number) > 0:
-            return int(float(number) * factor)
-    raise ValueError(f"'{text}' is not a size such as 5GB or 200MB")
+_OF_THE_METHOD = ("merge_method", "models", "parameters", "benchmark", "compress")

@@ -67,7 +67,7 @@ def check_parameters(data: Mapping[str, Any], method: Method, problems: list[str
         if not isinstance(given, Mapping):
             continue  # absent, or reported by the schema
         for name, setting in given.items():
-            problem = _parameter_problem(method, str(name), setting, of_a_model)
+            problem = parameter_problem(method, str(name), setting, of_a_model)
             if problem:
                 problems.append(f"{place}.{name}: {problem}")
         rivals = [name for name in method.one_of if name in given]
@@ -79,7 +79,8 @@ def check_parameters(data: Mapping[str, Any], method: Method, problems: list[str
             problems.append(f"{place}: {' and '.join(rivals)} exclude each other; give one")
 
 
-def _parameter_problem(method: Method, name: str, setting: Any, of_a_model: bool) -> str | None:
+def parameter_problem(method: Method, name: str, setting: Any, of_a_model: bool = False) -> str | None:
+    """Say what is wrong with one parameter's setting (a scalar, a gradient, filters), or None."""
     if name in IGNORED_PARAMETERS:
         return None
     parameter = method.parameter(name)

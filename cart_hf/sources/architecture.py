@@ -51,11 +51,13 @@ class Slot:
     :param shape: its shape.
     :param linear: whether it is the weight of a linear layer (nn.Linear or GPT-2's Conv1D).
     :param block: its block, or None outside the blocks.
+    :param transposed: whether it is stored as (in, out), as a Conv1D's weight is.
     """
 
     shape: tuple[int, ...]
     linear: bool
     block: Block | None
+    transposed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +131,20 @@ def describe(config: Mapping[str, Any], label: str, *, bare: bool = False) -> Ar
         raise UserError([f"{label}: {problem}" for problem in failure.problems]) from failure
 
 
+def task_class(model_type: str, task_type: str) -> str | None:
+    """Return the class that PEFT's task type (``SEQ_CLS``) means for a kind of model (``roberta``), if there is one."""
+    place = _place(model_type, task_type, None)
+    known = recall(place) if place else None
+    if known is None:
+        from cart_hf.sources import modelling
+
+        known = {"class": modelling.task_class(model_type, task_type)}
+        if place:
+            keep(place, known)
+    found: str | None = known["class"]
+    return found
+
+
 def renamed(name: str, paths: Mapping[str, str]) -> str | None:
     """Rename what lies at or under one of ``paths`` ({path: new path}, "" for the root); None for what does not."""
     for path, new in paths.items():
@@ -142,7 +158,9 @@ def renamed(name: str, paths: Mapping[str, str]) -> str | None:
 def _described(structure: str, wanted: str) -> Architecture:
     data = _known(structure, wanted)
     slots = {
-        name: Slot(tuple(slot["shape"]), slot["linear"], Block(**slot["block"]) if slot["block"] else None)
+        name: Slot(
+            tuple(slot["shape"]), slot["linear"], Block(**slot["block"]) if slot["block"] else None, slot["transposed"]
+        )
         for name, slot in data["slots"].items()
     }
     return Architecture(**data | {"slots": slots}, structure=structure, wanted=wanted)

@@ -1,46 +1,31 @@
-"""A checkpoint: its configuration, its architecture and its tensors by module name, weights unread."""
+"""A checkpoint: its configuration, its architecture and its tensors by module name, weights unread.
+
+A LoRA adapter is one too: its tensors are those of its base, with the adapter's on top, see `adapter`.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cart_hf.errors import UserError, shorten
 from cart_hf.recipe.reference import Reference
 from cart_hf.sources.architecture import Architecture, describe
-from cart_hf.sources.download import RemoteFile
 from cart_hf.sources.fetch import download_all
-from cart_hf.sources.layout import local_weight_files
-from cart_hf.sources.weights import StoredTensor, WeightFile
+from cart_hf.sources.fingerprint import fingerprint
+from cart_hf.sources.locate import CONFIG, Located, attempt, locate, read_config, with_bases
+from cart_hf.sources.lora import AdaptedFile, Model, Part, adapt
+from cart_hf.sources.weights import FileTensor, WeightFile
 
 if TYPE_CHECKING:
     from cart_hf.parallel import Progress
 
-Result = TypeVar("Result")
-
 _OPENED_AT_A_TIME = 4  # models; the client takes several connections for each
-
-
-@dataclass(frozen=True)
-class FileTensor:
-    """A tensor of a checkpoint.
-
-    :param key: its key in the file.
-    :param slot: the architecture's slot it fills (several share one where transformers fuses experts).
-    :param stored: its header entry.
-    :param file: the file that holds it.
-    """
-
-    key: str
-    slot: str
-    stored: StoredTensor
-    file: WeightFile
 
 
 @dataclass(frozen=True)
@@ -49,13 +34,14 @@ class Checkpoint:
 
     :param name: the task's name, or ``base``.
     :param reference: where it came from.
-    :param commit: the Hub commit it was resolved to, or None for a local folder.
+    :param commit: the Hub commit it was resolved to (an adapter's own), or None for a local folder.
     :param folder: local folder with its small files (config, tokenizer, processor).
-    :param config: its ``config.json``.
+    :param config: its ``config.json``; an adapter's is the base's, or that of the class with the adapter's head.
     :param architecture: its model class on the meta device.
     :param tensors: its tensors by module name; tied copies and tensors its class has no room for are left out.
     :param ignored: file keys that were left out because the class has no room for them.
-    :param files: its weight files by name.
+    :param files: its weight files by name; those of an adapter's base are called ``base/NAME``.
+    :param adapts: the base that it is an adapter of; several adapters share one.
     """
 
     name: str
@@ -67,6 +53,47 @@ class Checkpoint:
     tensors: Mapping[str, FileTensor]
     ignored: tuple[str, ...]
     files: Mapping[str, WeightFile] = field(repr=False)
+    adapts: Checkpoint | None = None
+
+    @property
+    def place(self) -> Reference:
+        """Where its own files are: an adapter's without its base."""
+        return self.reference.adapter or self.reference
+
+    @property
+    def pinned(self) -> Reference:
+        """Its reference with the commits that were used; an adapter's with its base."""
+        own = replace(self.place, revision=self.commit or self.place.revision)
+        return own if self.adapts is None else replace(self.adapts.pinned, adapter=own)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where its small files are; the base's folder comes after an adapter's."""
+        return (self.folder,) if self.adapts is None else (self.folder, *self.adapts.folders)
+
+    def fingerprint(self) -> str:
+        """Return a name for exactly these weights: an adapter's, and its base's."""
+        own = fingerprint(self.place, self.commit, self.folder)
+        return own if self.adapts is None else f"{own} on {self.adapts.fingerprint()}"
+
+    def owner_of(self, file: WeightFile) -> Checkpoint:
+        """Return whose file it is: this checkpoint, or the base that it adapts."""
+        return self.adapts if self.adapts is not None and file in self.adapts.files.values() else self
+
+    def part(self, name: str) -> Part:
+        """Return what a tensor is read from, and what an adapter does to it."""
+        tensor = self.tensors[name]
+        if isinstance(tensor.file, AdaptedFile):
+            return tensor.file.parts[tensor.key]
+        return Part(tensor.stored, tensor.file, tensor.key)
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return what an adapter adds to its base's matrix ``name``, see :meth:`AdaptedFile.factors`.
+
+        :return: None when it adds nothing, or replaces the matrix.
+        """
+        tensor = self.tensors[name]
+        return tensor.file.factors(tensor.key) if isinstance(tensor.file, AdaptedFile) else None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return elements ``start`` to ``stop`` of the flattened tensor ``name``, 1-D, in the stored type."""
@@ -88,22 +115,6 @@ class Checkpoint:
         fetch_weights([self], progress)
 
 
-@dataclass(frozen=True)
-class _Located:
-    """A model whose weight files were not opened yet.
-
-    :param pickles: those that must be downloaded to be opened.
-    """
-
-    name: str
-    reference: Reference
-    commit: str | None
-    folder: Path
-    config: dict[str, Any]
-    open_files: Callable[[], dict[str, WeightFile]]
-    pickles: Sequence[RemoteFile] = ()
-
-
 def open_checkpoint(name: str, reference: Reference) -> Checkpoint:
     """Open a local folder or a Hub repository without reading weights.
 
@@ -122,18 +133,30 @@ def open_checkpoints(models: Sequence[tuple[str, Reference]], progress: Progress
     :raises UserError: with the first problem of every model; no pickle is downloaded when another model has one.
     """
     with ThreadPoolExecutor(_OPENED_AT_A_TIME) as pool:
-        located = list(pool.map(lambda model: _attempt(_locate, *model), models))
+        located = list(pool.map(lambda model: attempt(locate, *model), models))
+        located, base_of = with_bases(pool, located)
         problems = [one.problems if isinstance(one, UserError) else [] for one in located]
         found: dict[int, Checkpoint] = {}
-        waiting = {i: one for i, one in enumerate(located) if isinstance(one, _Located) and one.pickles}
-        ready = {i: one for i, one in enumerate(located) if isinstance(one, _Located) and not one.pickles}
+        adapters: dict[int, tuple[Located, dict[str, WeightFile]]] = {}
+        waiting = {i: one for i, one in enumerate(located) if isinstance(one, Located) and one.pickles}
+        ready = {i: one for i, one in enumerate(located) if isinstance(one, Located) and not one.pickles}
         for batch in (ready, waiting):
             if batch is waiting and any(problems):
                 break
             download_all((file for one in batch.values() for file in one.pickles), progress)
-            headers = pool.map(lambda one: _attempt(one.open_files), batch.values())
+            headers = pool.map(lambda one: attempt(one.open_files), batch.values())
             for (i, one), files in zip(batch.items(), headers, strict=True):  # described while others are opened
-                checkpoint = files if isinstance(files, UserError) else _attempt(_describe, one, files)
+                if isinstance(files, dict) and i in base_of:
+                    adapters[i] = one, files
+                    continue
+                checkpoint = files if isinstance(files, UserError) else attempt(_describe, one, files)
+                if isinstance(checkpoint, UserError):
+                    problems[i] = checkpoint.problems
+                else:
+                    found[i] = checkpoint
+        for i, (one, files) in adapters.items():
+            if base_of[i] in found:
+                checkpoint = attempt(_adapt, one, files, found[base_of[i]])
                 if isinstance(checkpoint, UserError):
                     problems[i] = checkpoint.problems
                 else:
@@ -155,56 +178,33 @@ def fetch_weights(
     download_all((file for file in files if file is not None), progress, beside=beside)
 
 
-def _attempt(work: Callable[..., Result], *arguments: Any) -> Result | UserError:
-    try:
-        return work(*arguments)
-    except UserError as failure:
-        return failure
-
-
-def _locate(name: str, reference: Reference) -> _Located:
-    """Find a model's files, and read its configuration."""
-    if reference.is_local:
-        folder = Path(reference.path).expanduser().resolve()
-        folder = folder / reference.subfolder if reference.subfolder else folder
-        if not folder.is_dir():
-            raise UserError(f"{name}: {folder} is not a folder")
-        config = _read_config(name, folder, str(folder))
-        return _Located(name, reference, None, folder, config, lambda: local_weight_files(folder))
-    from cart_hf.sources.hub import open_repository
-
-    found = open_repository(name, reference)
-    config = _read_config(name, found.folder, str(reference))
-    pickles = found.missing_pickles()
-    return _Located(name, reference, found.commit, found.folder, config, found.weight_files, pickles)
-
-
-def _describe(one: _Located, files: dict[str, WeightFile]) -> Checkpoint:
+def _describe(one: Located, files: dict[str, WeightFile]) -> Checkpoint:
     """Build a model's class and name the tensors of its files."""
-    label = f"{one.name} ({one.reference})"
-    architecture, bare = describe(one.config, label), describe(one.config, label, bare=True)
+    architecture, bare = describe(one.config, one.label), describe(one.config, one.label, bare=True)
     tensors, ignored = _by_module_name(one.name, architecture, bare, files)
     return Checkpoint(
         one.name, one.reference, one.commit, one.folder, one.config, architecture, tensors, tuple(ignored), files
     )
 
 
-def _read_config(name: str, folder: Path, label: str) -> dict[str, Any]:
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{name}: {label} is a PEFT adapter, which cart-hf cannot merge yet; merge it into its base first "
-            "(PEFT: merge_and_unload, save_pretrained) and name that folder"
-        )
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{name}: {label} has no config.json; is it a model folder (save_pretrained)?")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as failure:
-        raise UserError(f"{name}: config.json of {label} is not valid JSON ({failure})") from failure
-    if not isinstance(config, dict):
-        raise UserError(f"{name}: config.json of {label} is not a JSON object")
-    return config
+def _adapt(one: Located, files: dict[str, WeightFile], base: Checkpoint) -> Checkpoint:
+    """Put an adapter on its base."""
+    (file,) = files.values()
+    config = read_config(one.name, one.folder, one.label, CONFIG) if (one.folder / CONFIG).is_file() else {}
+    on = Model(str(base.reference), base.config, base.architecture, base.tensors)
+    model = adapt(one.label, one.config, config, file, on)
+    return Checkpoint(
+        one.name,
+        one.reference,
+        one.commit,
+        one.folder,
+        model.config,
+        model.architecture,
+        model.tensors,
+        (),  # what does not fit is refused
+        {**files, **{f"base/{name}": file for name, file in base.files.items()}},
+        base,
+    )
 
 
 def _by_module_name(

@@ -15,7 +15,7 @@ _BLOCK = 1 << 22  # bytes
 # what a model's answers depend on: weights, configuration, tokenizer, processor
 _READ = (
     "*.safetensors", "*.bin", "config.json", "tokenizer*.json", "vocab.*", "merges.txt", "*.model", "*.spm",
-    "preprocessor_config.json", "processor_config.json",
+    "preprocessor_config.json", "processor_config.json", "adapter_config.json",
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ class Repository:
     :param commit: what its revision was resolved to.
     :param folder: the local folder of its files; the small ones are there.
     :param files: all its files, by their path in the folder.
+    :param layouts: the files that may hold its weights, or list those that do.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Repository:
     commit: str
     folder: Path
     files: Mapping[str, RemoteFile]
+    layouts: Sequence[str] = LAYOUTS
 
     def missing_pickles(self) -> list[RemoteFile]:
         """Return the weight files that must be downloaded before their headers can be read.
@@ -62,10 +64,10 @@ class Repository:
 
     def _weights(self) -> tuple[Sequence[str], str | None]:
         """Return the names of its weight files, and of the index that lists them, if there is one."""
-        layout = next((file for file in LAYOUTS if file in self.files), None)
+        layout = next((file for file in self.layouts if file in self.files), None)
         if layout is None:
             raise UserError(
-                f"{self.name}: {self.reference} holds no weights: looked for {', '.join(LAYOUTS)} "
+                f"{self.name}: {self.reference} holds no weights: looked for {', '.join(self.layouts)} "
                 f"(has {shorten(sorted(self.files), 6)})"
             )
         if layout not in (INDEX, PICKLE_INDEX):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from cart_hf.errors import UserError, shorten
@@ -12,22 +12,24 @@ from cart_hf.sources.weights import PickleFile, SafetensorsFile, WeightFile
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 LAYOUTS = (SINGLE, INDEX, PICKLE, PICKLE_INDEX)
+ADAPTER_CONFIG, ADAPTER_LAYOUTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def local_weight_files(folder: Path) -> dict[str, WeightFile]:
+def local_weight_files(folder: Path, layouts: Sequence[str] = LAYOUTS) -> dict[str, WeightFile]:
     """Open the headers of a local folder's weight files, by file name.
 
+    :param layouts: the files that may hold weights, or list those that do; the first that is there counts.
     :raises UserError: when there are none, or one is missing or damaged, or an index is wrong.
     """
 
     def open_file(name: str) -> WeightFile:
         return SafetensorsFile.open(folder / name) if name.endswith(".safetensors") else PickleFile(folder / name)
 
-    present = [name for name in LAYOUTS if (folder / name).is_file()]
+    present = [name for name in layouts if (folder / name).is_file()]
     if not present:
         found = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         raise UserError(
-            f"{folder} holds no weights: looked for {', '.join(LAYOUTS)}; "
+            f"{folder} holds no weights: looked for {', '.join(layouts)}; "
             + (f"the folder has {shorten(found, 6)}" if found else "the folder is empty")
         )
     if not present[0].endswith(".index.json"):

@@ -93,6 +93,22 @@ def description(model: PreTrainedModel) -> dict[str, Any]:
     return described
 
 
+def task_class(model_type: str, task_type: str) -> str | None:
+    """Return the class that PEFT's task type means for a kind of model, if there is one."""
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = {
+        "SEQ_CLS": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "TOKEN_CLS": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "QUESTION_ANS": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "SEQ_2_SEQ_LM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "FEATURE_EXTRACTION": auto.MODEL_MAPPING_NAMES,
+    }
+    found = tables.get(task_type, {}).get(model_type)
+    return found if isinstance(found, str) or found is None else found[0]
+
+
 def is_of_libraries(model: PreTrainedModel) -> bool:
     """Whether all of the model is defined by transformers and torch, so that their versions say what it is."""
     return all(type(module).__module__.partition(".")[0] in ("transformers", "torch") for module in model.modules())
@@ -162,14 +178,22 @@ def _slots(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     from transformers.pytorch_utils import Conv1D
 
     linear: set[str] = set()
+    transposed: set[str] = set()
     lists: dict[str, int] = {}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | Conv1D):
             linear.add(f"{path}.weight")
+            if isinstance(module, Conv1D):
+                transposed.add(f"{path}.weight")
         elif isinstance(module, torch.nn.ModuleList):
             lists[path] = len(module)
     return {
-        name: {"shape": tuple(tensor.shape), "linear": name in linear, "block": _block_of(name, lists)}
+        name: {
+            "shape": tuple(tensor.shape),
+            "linear": name in linear,
+            "block": _block_of(name, lists),
+            "transposed": name in transposed,
+        }
         for name, tensor in model.state_dict().items()
     }
 

@@ -76,6 +76,22 @@ class WeightFile(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of a checkpoint.
+
+    :param key: its key in the file.
+    :param slot: the architecture's slot it fills (several share one where transformers fuses experts).
+    :param stored: its header entry.
+    :param file: the file that holds it.
+    """
+
+    key: str
+    slot: str
+    stored: StoredTensor
+    file: WeightFile
+
+
 class SafetensorsFile:
     """A safetensors file, read by offset (a memory map would count every page read as ours).
 
