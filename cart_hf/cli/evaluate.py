@@ -51,7 +51,7 @@ def evaluate(
     submission: Annotated[Path | None, Parameter(group=RESULTS)] = None,
     format: Annotated[Format, Parameter(group=RESULTS)] = "human",
 ) -> None:
-    """Measure a model on tasks: a merged folder, a plain classification checkpoint, or a CLIP.
+    """Measure a model on tasks: a merged or compressed folder, a plain classification checkpoint, or a CLIP.
 
     The examples come from the Hub, or from `--data DIR` with `DIR/NAME/SPLIT.parquet` (or CSV, TSV, JSON lines, or an
     image folder). `cart-hf tasks` lists the built-in tasks and suites. Under `torchrun` or `accelerate launch` the
@@ -79,7 +79,7 @@ def evaluate(
     tasks_file:
         YAML file that declares your own tasks.
     heads:
-        TASK=HEAD: the head that answers a task, where it is called differently.
+        TASK=HEAD: the head that answers a task (of a compressed CLIP: the adapter), where it is called differently.
     label_mapping:
         `name` (default) matches the label names of model and data, `index` trusts their order.
     data:

@@ -13,10 +13,10 @@ from cart_hf.evaluation.model import Located, base_of, declared_evaluation, indi
 from cart_hf.evaluation.results import Results, TaskResult
 from cart_hf.evaluation.run import Outcome, reader, run_tasks
 from cart_hf.evaluation.submission import GLUE_SUITE, Submission
-from cart_hf.multitask import MultiTaskModel
 from cart_hf.parallel import Progress
 from cart_hf.processes import Processes, join
 from cart_hf.recipe import Evaluation
+from cart_hf.serving.multitask import MultiTaskModel
 from cart_hf.tasks import Task, find_tasks, known_among
 
 
@@ -38,8 +38,8 @@ def evaluate(
 
     Under ``torchrun`` or ``accelerate launch`` the examples are shared out, and every process returns all results.
 
-    :param model: a merged folder, a classification checkpoint or a CLIP: a folder, a Hub id or ``id@revision``; or a
-        :class:`cart_hf.MultiTaskModel` (which is moved to the device).
+    :param model: a merged or compressed folder, a classification checkpoint or a CLIP: a folder, a Hub id or
+        ``id@revision``; or a :class:`cart_hf.MultiTaskModel` (which is moved to the device).
     :param evaluation: which tasks, on which data, how; or leave it out and give its fields as arguments
         (``suite="glue"``, ``tasks=["sst2"]``, ``data=DIR``, ``limit=100`` ...).
     :param base: the pretrained model; a CLIP vision tower borrows its text tower. Default: what the merge was made of.

@@ -11,20 +11,19 @@ from cart_hf.tasks.labels import are_generic, positions
 
 
 def head_of(task: Task, located: Located, renamed: Mapping[str, str]) -> str:
-    """Return the name of the head that answers a task.
+    """Return the name of the head that answers a task, or in a compressed CLIP of the adapter.
 
     :param renamed: the head of a task, where the user says that it is called differently.
     :raises UserError: when the model has no such head.
     """
-    if located.zero_shot:
-        return task.name
-    if located.kind == "classifier":
+    if located.kind == "classifier" or (located.zero_shot and not located.heads):
         return ""
     wanted = renamed.get(task.name, task.head)
     if wanted not in located.heads:
+        article, what = ("an", "adapter") if located.zero_shot else ("a", "head")
         raise UserError(
-            f"task '{task.name}': {located.reference} has no head '{wanted}'{did_you_mean(wanted, located.heads)}; "
-            f"a head of another name is given with --heads {task.name}=HEAD"
+            f"task '{task.name}': {located.reference} has no {what} '{wanted}'{did_you_mean(wanted, located.heads)}; "
+            f"{article} {what} of another name is given with --heads {task.name}={what.upper()}"
         )
     return wanted
 

@@ -1,10 +1,10 @@
-"""The model that is measured: a merged folder, a CLIP, or any plain classification checkpoint."""
+"""The model that is measured: a merged or compressed folder, a CLIP, or any plain classification checkpoint."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +12,12 @@ import torch
 
 from cart_hf.cache import cache_folder
 from cart_hf.errors import UserError, shorten
-from cart_hf.multitask import MultiTaskModel
 from cart_hf.recipe import Evaluation, Reference
 from cart_hf.recipe.reference import exists, looks_local
+from cart_hf.serving.adapters import ADAPTERS_FOLDER, CONFIG_FILE, adapter_names, attach_adapters
+from cart_hf.serving.multitask import MultiTaskModel
+from cart_hf.serving.zero_shot import DEFAULT_TEMPLATES
 from cart_hf.sources import Checkpoint, open_checkpoint
-from cart_hf.zero_shot import DEFAULT_TEMPLATES
 
 _FEWEST_WORDS = 10
 
@@ -32,8 +33,10 @@ class Located:
     :param kind: what sort of model it is.
     :param folder: its local folder.
     :param commit: its Hub commit; None for a local folder.
-    :param heads: the names of its heads; a plain classifier has one without a name, a CLIP has none.
+    :param heads: the names of its heads; a plain classifier has one without a name, a CLIP has none, unless it is
+        compressed: then they are those of its adapters.
     :param loaded: the model itself, where the user gave one that is loaded.
+    :param checkpoint: the opened checkpoint, where it is a single model.
     """
 
     reference: Reference
@@ -42,6 +45,7 @@ class Located:
     commit: str | None
     heads: tuple[str, ...]
     loaded: MultiTaskModel | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def zero_shot(self) -> bool:
@@ -56,15 +60,17 @@ class Model:
     :param modality: what it reads.
     :param preprocess: its tokenizer or image processor.
     :param labels: the label names of each head, in the order of the logits.
-    :param logits: runs the backbone once and the named heads on it: logits of shape (batch, labels) for each.
-    :param add_zero_shot: makes a head from class names and templates; None when the heads are given.
+    :param logits: runs the backbone once (with adapters: once for each) and the named heads on it: logits of shape
+        (batch, labels) for each.
+    :param add_zero_shot: makes a head from class names and templates, for a task and the name of the adapter that
+        answers it where there are adapters; None when the heads are given.
     """
 
     modality: Literal["text", "image"]
     preprocess: Any
     labels: Mapping[str, Sequence[str]]
     logits: Logits
-    add_zero_shot: Callable[[str, Sequence[str], Sequence[str]], None] | None
+    add_zero_shot: Callable[[str, str, Sequence[str], Sequence[str]], None] | None
 
 
 def locate(model: str | Path | MultiTaskModel, *, base: str | None = None) -> Located:
@@ -77,12 +83,14 @@ def locate(model: str | Path | MultiTaskModel, *, base: str | None = None) -> Lo
         return _given(model)
     reference = _reference(str(model))
     merged = _merged_folder(reference)
-    if merged is not None:
+    if merged is not None and (merged / "tasks").is_dir():
         return Located(reference, "merged", merged, _commit_of(reference, merged), _heads(merged))
     checkpoint = open_checkpoint("model", reference)
     kind = _kind(checkpoint, base)
     checkpoint.fetch()
-    return Located(reference, kind, checkpoint.folder, checkpoint.commit, ("",) if kind == "classifier" else ())
+    heads = {"classifier": ("",), "clip": adapter_names(checkpoint.folder)}
+    folder, commit = checkpoint.folder, checkpoint.commit
+    return Located(reference, kind, folder, commit, heads.get(kind, ()), checkpoint=checkpoint)
 
 
 def load(located: Located, heads: Sequence[str], *, base: str | None, device: torch.device) -> Model:
@@ -104,14 +112,17 @@ def load(located: Located, heads: Sequence[str], *, base: str | None, device: to
             lambda names, inputs: {name: output.logits for name, output in loaded(tasks=names, **inputs).items()},
             None,
         )
-    return _clip(located, base, device)
+    return _clip(located, heads, base, device)
 
 
 def _given(model: MultiTaskModel) -> Located:
     if model.folder is None:
         raise UserError("model: it does not know its folder, where its tokenizer is; load it with from_pretrained")
-    kind: Kind = "merged" if model.clip is None else "clip"
-    return Located(Reference(str(model.folder)), kind, model.folder, None, tuple(model.tasks), model)
+    reference = Reference(str(model.folder))
+    if model.clip is None:
+        return Located(reference, "merged", model.folder, None, tuple(model.tasks), model)
+    adapters = () if model.adapters is None else tuple(model.adapters.tasks)
+    return Located(reference, "clip", model.folder, None, adapters, model)
 
 
 def individual_models(located: Located) -> dict[str, str]:
@@ -143,10 +154,12 @@ def _merge_recipe(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _reference_text(written: str | Mapping[str, str]) -> str:
+def _reference_text(written: str | Mapping[str, Any]) -> str:
     """Return a reference of a recipe, a string or a mapping, as one string."""
     if isinstance(written, str):
         return written
+    if "lora" in written:
+        return f"{_reference_text(written['model'])}+{_reference_text(written['lora'])}"
     return str(Reference(written["path"], written.get("revision"), written.get("subfolder")))
 
 
@@ -158,17 +171,21 @@ def _reference(text: str) -> Reference:
 
 
 def _merged_folder(reference: Reference) -> Path | None:
-    """Return the local folder of a merge with heads, or None when it is another kind of model."""
+    """Return the local folder of a merge with heads or adapters, or None when it is another kind of model."""
+    if reference.adapter is not None:
+        return None
     if reference.is_local:
         folder = Path(reference.path).expanduser().resolve()
-        return folder if reference.subfolder is None and (folder / "tasks").is_dir() else None
+        several = (folder / "tasks").is_dir() or bool(adapter_names(folder))
+        return folder if reference.subfolder is None and several else None
     if reference.subfolder is not None:
         return None
     from cart_hf.output.record import MERGE_FILE
     from cart_hf.sources.hub import download_repository, open_repository
 
     repository = open_repository("model", reference)
-    if MERGE_FILE not in repository.files or not any(name.startswith("tasks/") for name in repository.files):
+    headed = MERGE_FILE in repository.files and any(name.startswith("tasks/") for name in repository.files)
+    if not headed and not any(fnmatch(name, f"{ADAPTERS_FOLDER}/*/{CONFIG_FILE}") for name in repository.files):
         return None
     return download_repository(repository)
 
@@ -203,23 +220,25 @@ def _kind(checkpoint: Checkpoint, base: str | None) -> Kind:
 def _classifier(located: Located, base: str | None, device: torch.device) -> Model:
     import transformers
 
-    architecture = json.loads((located.folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    kind = getattr(transformers, architecture)
-    model = _complete("model", located.reference, kind, located.folder).to(device).eval()
+    assert located.checkpoint is not None
+    kind = getattr(transformers, located.checkpoint.architecture.class_name)
+    model = _complete(located.checkpoint, kind).to(device).eval()
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
 
     def logits(heads: Sequence[str], inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found = model(**inputs).logits
         return dict.fromkeys(heads, found)
 
+    if located.checkpoint.adapts is not None:  # which lends an adapter its tokenizer
+        base = str(located.checkpoint.adapts.pinned)
     preprocess = _preprocess(located.folder, _modality(model), model.config, base)
     return Model(_modality(model), preprocess, {"": names}, logits, None)
 
 
-def _clip(located: Located, base: str | None, device: torch.device) -> Model:
+def _clip(located: Located, heads: Sequence[str], base: str | None, device: torch.device) -> Model:
     import transformers
 
-    folder = located.folder
+    folder, adapters = located.folder, None
     if located.kind == "clip_vision":
         assert base is not None
         whole = open_checkpoint("base", _reference(base))
@@ -228,25 +247,30 @@ def _clip(located: Located, base: str | None, device: torch.device) -> Model:
             raise UserError(
                 f"base: {base} is a {whole.architecture.class_name}; zero-shot heads need a whole CLIPModel"
             )
-        clip = _complete("base", base, transformers.CLIPModel, whole.folder)
-        vision = _complete("model", located.reference, transformers.CLIPVisionModel, folder)
+        assert located.checkpoint is not None
+        clip = _complete(whole, transformers.CLIPModel)
+        vision = _complete(located.checkpoint, transformers.CLIPVisionModel)
         try:
             clip.vision_model.load_state_dict(vision.state_dict())
         except RuntimeError as failure:
             raise UserError(f"model: {located.reference} is not a vision tower of the base {base}") from failure
         folder = whole.folder
     elif located.loaded is not None:
-        clip = located.loaded.clip
+        clip, adapters = located.loaded.clip, located.loaded.adapters
     else:
-        clip = _complete("model", located.reference, transformers.CLIPModel, folder)
-    loaded = MultiTaskModel(None, {}, clip).to(device).eval()
+        assert located.checkpoint is not None
+        clip = _complete(located.checkpoint, transformers.CLIPModel)
+        if located.checkpoint.adapts is not None:
+            folder = located.checkpoint.adapts.folder
+        adapters = attach_adapters(folder, heads, clip) if located.heads else None
+    loaded = MultiTaskModel(None, {}, clip, adapters).to(device).eval()
     tokenizer: Any = None
 
-    def add(task: str, class_names: Sequence[str], templates: Sequence[str]) -> None:
+    def add(task: str, adapter: str, class_names: Sequence[str], templates: Sequence[str]) -> None:
         nonlocal tokenizer
         tokenizer = tokenizer or _tokenizer(folder, clip.config.text_config, base)
         cache = cache_folder("zero_shot")
-        loaded.add_zero_shot(task, class_names, templates or DEFAULT_TEMPLATES, tokenizer, cache)
+        loaded.add_zero_shot(task, class_names, templates or DEFAULT_TEMPLATES, tokenizer, cache, adapter)
 
     return Model(
         "image",
@@ -257,11 +281,18 @@ def _clip(located: Located, base: str | None, device: torch.device) -> Model:
     )
 
 
-def _complete(name: str, reference: Reference | str, kind: Any, folder: Path) -> Any:
+def _complete(checkpoint: Checkpoint, kind: Any) -> Any:
     """Load a model in float32, and refuse it when transformers would make up what the file lacks."""
-    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    if checkpoint.adapts is None:
+        model, info = kind.from_pretrained(checkpoint.folder, **options)
+    else:
+        shapes = {name: tensor.stored.shape for name, tensor in checkpoint.tensors.items()}
+        options["state_dict"] = {name: checkpoint.read(name).view(shape) for name, shape in shapes.items()}
+        model, info = kind.from_pretrained(None, config=kind.config_class.from_dict(checkpoint.config), **options)
     if info["missing_keys"]:
-        raise UserError(f"{name}: {reference} lacks the tensors {shorten(sorted(info['missing_keys']))}")
+        lacking = shorten(sorted(info["missing_keys"]))
+        raise UserError(f"{checkpoint.name}: {checkpoint.reference} lacks the tensors {lacking}")
     return model
 
 

@@ -42,7 +42,7 @@ def predict(
     dtype: str = "float32",
     progress: Progress | None = None,
 ) -> Predictions:
-    """Return the logits of several heads on the same examples; the backbone reads each example once.
+    """Return the logits of several heads on the same examples; the backbone reads each once, or once per adapter.
 
     :param dtype: ``bfloat16`` or ``float16`` runs under autocast.
     """

@@ -49,7 +49,7 @@ Reader = Callable[[Task], TaskData]
 
 @dataclass(frozen=True)
 class _Ready:
-    """A task with its data and its head."""
+    """A task with its data and the head, or the adapter, that answers it."""
 
     task: Task
     head: str
@@ -119,7 +119,7 @@ def _run_group(
     progress: Progress | None,
     started: float,
 ) -> None:
-    """Run tasks that read the same examples: one pass of the backbone, every task's head."""
+    """Run tasks that read the same examples: one pass of the backbone (with adapters: of each), every task's head."""
     from cart_hf.evaluation.metrics import check
 
     orders: dict[str, list[int] | None] = {}
@@ -135,7 +135,7 @@ def _run_group(
     try:
         found = predict(
             model,
-            list(dict.fromkeys(ready.head for ready in group)),
+            list(dict.fromkeys(_logits_of(ready, model) for ready in group)),
             group[0].data,
             processes,
             batch_size=evaluation.batch_size,
@@ -149,11 +149,17 @@ def _run_group(
     seconds = (time.perf_counter() - started) / len(group)
     for ready in group:
         with _reporting(ready.task, report):
-            predictions = predicted(ready.data, found.logits[ready.head], orders[ready.task.name], found.broken)
+            logits = found.logits[_logits_of(ready, model)]
+            predictions = predicted(ready.data, logits, orders[ready.task.name], found.broken)
             result = None
             if ready.data.labels is not None:
                 result = replace(scored(ready.data, predictions, found.broken, seconds), settings=dict(ready.settings))
             report(ready.task.name, Outcome(result, None, ready.data, predictions))
+
+
+def _logits_of(ready: _Ready, model: Model) -> str:
+    """Return what the model calls a task's logits: zero-shot heads are made for the task."""
+    return ready.head if model.add_zero_shot is None else ready.task.name
 
 
 def _order(model: Model, ready: _Ready, evaluation: Evaluation) -> list[int] | None:
@@ -164,7 +170,7 @@ def _order(model: Model, ready: _Ready, evaluation: Evaluation) -> list[int] | N
     names = task.classes or ready.data.label_names
     if not names:
         raise UserError(f"task '{task.name}': nothing names its classes: add `classes: [...]` to the task")
-    model.add_zero_shot(task.name, names, task.templates)
+    model.add_zero_shot(task.name, ready.head, names, task.templates)
     return list(range(len(names)))
 
 
@@ -199,11 +205,13 @@ def _identity(located: Located, base: str | None, processes: Processes) -> str:
     name = ""
     if processes.is_main:
         loaded = located.loaded
-        name = (
-            fingerprint(located.reference, located.commit, located.folder)
-            if loaded is None
-            else tensors_fingerprint(loaded.state_dict())
-        )
+        if located.checkpoint is not None:
+            name = located.checkpoint.fingerprint()
+        elif loaded is None:
+            name = fingerprint(located.reference, located.commit, located.folder)
+        else:
+            scales = loaded.adapters.scales() if loaded.adapters is not None else {}
+            name = tensors_fingerprint(loaded.state_dict() | scales)
     return processes.gather(f"{name} {base}" if located.kind == "clip_vision" else name)[0]
 
 

@@ -1,9 +1,9 @@
-"""One backbone pass, every task's head: serving a merged folder."""
+"""One backbone, every task's head, and its adapter where there is one: serving a merged folder."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,10 @@ import torch
 from torch import nn
 
 from cart_hf.errors import UserError, did_you_mean
-from cart_hf.output.folder import HEAD_FILE
 from cart_hf.recipe import Reference
-from cart_hf.zero_shot import DEFAULT_TEMPLATES, cached_class_embeddings, class_embeddings, features
-
-
-class _Shared(nn.Module):
-    """Stands in a task's model for its backbone and returns what the shared backbone has just computed.
-
-    The task's own class then runs its own head code, whatever it is.
-    """
-
-    output: Any = None
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return self.output
+from cart_hf.serving.adapters import TaskAdapters, adapter_names, attach_adapters
+from cart_hf.serving.heads import Shared, read_heads
+from cart_hf.serving.zero_shot import DEFAULT_TEMPLATES, cached_class_embeddings, class_embeddings, features
 
 
 class MultiTaskModel(nn.Module):
@@ -34,23 +23,34 @@ class MultiTaskModel(nn.Module):
     Text and image classifiers bring their heads from ``tasks/NAME``; a merged CLIP gets zero-shot heads from class
     names (:meth:`add_zero_shot`). Build it with :meth:`from_pretrained`.
 
+    The backbone runs once for all tasks. In a compressed folder (``adapters/NAME``) it runs once for each task, with
+    that task's adapter active, and memory holds one backbone and the adapters of all tasks that were loaded. Which
+    adapter is active is state of the model, so one model answers one call at a time.
+
     :param backbone: the encoder the heads share, or None when there are only zero-shot heads.
     :param heads: a model for each task whose backbone is replaced by the shared one.
     :param clip: a whole CLIP model, for zero-shot heads.
+    :param adapters: the tasks' adapters on the backbone or the CLIP; None when a single model answers all tasks.
 
     ``folder`` is where :meth:`from_pretrained` read it: there lie its tokenizer and processor.
     """
 
     def __init__(
-        self, backbone: nn.Module | None, heads: Mapping[str, nn.Module], clip: nn.Module | None = None
+        self,
+        backbone: nn.Module | None,
+        heads: Mapping[str, nn.Module],
+        clip: nn.Module | None = None,
+        adapters: TaskAdapters | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.clip = clip
+        self.adapters = adapters
         self._heads: dict[str, nn.Module] = dict(heads)
         for position, head in enumerate(self._heads.values()):
             self.add_module(f"head_{position}", head)  # task names may hold dots, module names may not
         self._zero_shot: dict[str, str] = {}
+        self._adapter_of = {name: name for name in self._heads}
         self._labels = {name: _label_names(head) for name, head in self._heads.items()}
         self.folder: Path | None = None
 
@@ -58,39 +58,30 @@ class MultiTaskModel(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, *, tasks: Sequence[str] | None = None, revision: str | None = None, **options: Any
     ) -> MultiTaskModel:
-        """Load a folder that ``cart_hf.merge`` wrote, or such a repository on the Hub.
+        """Load a folder that ``cart_hf.merge`` or ``cart_hf.compress`` wrote, or such a repository on the Hub.
 
-        :param tasks: load these heads only; default: all.
+        :param tasks: load these heads (and adapters) only; default: all.
         :param options: passed on to transformers' ``from_pretrained`` (``dtype``, ``device_map`` ...).
-        :raises UserError: when the folder is not a merged model or has no such task.
+        :raises UserError: when the folder is not a merged model, has no such task, or an adapter does not fit it.
         """
-        import transformers
-
         path = _local(folder, revision)
-        present = sorted(p.name for p in (path / "tasks").iterdir()) if (path / "tasks").is_dir() else []
+        adapted = adapter_names(path)
+        headed = sorted(p.name for p in (path / "tasks").iterdir()) if (path / "tasks").is_dir() else []
         for name in tasks or ():
-            if name not in present:
-                raise UserError(f"{folder} has no task '{name}'{did_you_mean(name, present)}")
-        heads: dict[str, nn.Module] = {}
-        backbone: nn.Module | None = None
-        outlines = {name: _outline(path, name) for name in tasks or present}
-        # the fullest one serves all: a token classifier's backbone lacks the pooler that others need
-        fullest = max(outlines, key=lambda name: len(_own_backbone(outlines[name])[0].state_dict()), default=None)
-        for name, outline in outlines.items():
-            model = None if name == fullest else _head_only(outline, path / "tasks" / name / HEAD_FILE, options)
-            if model is None:
-                model = type(outline).from_pretrained(path, subfolder=f"tasks/{name}", **options)
-            own, attribute = _own_backbone(model)
-            if name == fullest:
-                backbone = own
-            setattr(model, attribute, _Shared())
-            heads[name] = model
-        clip = None
-        if not heads:
-            clip = transformers.AutoModel.from_pretrained(path, **options)
-            if not hasattr(clip, "get_text_features"):
-                raise UserError(f"{folder} has neither task heads (tasks/NAME) nor a CLIP text tower")
-        loaded = cls(backbone, heads, clip)
+            if name not in (headed or adapted):
+                raise UserError(f"{folder} has no task '{name}'{did_you_mean(name, headed or adapted)}")
+        wanted = list(tasks or headed or adapted)
+        adapters = None
+        if headed:
+            shared, heads = read_heads(path, wanted, options)
+            if adapted:
+                adapters = attach_adapters(path, wanted, shared, heads)
+            loaded = cls(next(iter(shared.values())), heads, adapters=adapters)
+        else:
+            clip = _clip(path, folder, options)
+            if adapted:
+                adapters = attach_adapters(path, wanted, clip)
+            loaded = cls(None, {}, clip, adapters)
         loaded.folder = path
         return loaded.eval()
 
@@ -112,16 +103,18 @@ class MultiTaskModel(nn.Module):
         templates: Sequence[str] = DEFAULT_TEMPLATES,
         tokenizer: Any = None,
         cache: Path | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Add a zero-shot head to a merged CLIP.
 
-        See :func:`cart_hf.zero_shot.class_embeddings`.
+        See :func:`cart_hf.serving.zero_shot.class_embeddings`.
 
         :param class_names: the classes, in the order of the labels.
         :param templates: prompts with ``{}`` for the class name.
         :param tokenizer: the CLIP tokenizer; default: the one in the folder.
         :param cache: folder that keeps the heads between runs; default: none.
-        :raises UserError: when this is not a CLIP model, or a template has no ``{}``.
+        :param adapter: in a compressed CLIP, whose adapter answers; default: the one called like the task.
+        :raises UserError: when this is not a CLIP model, it has no such adapter, or a template has no ``{}``.
         """
         if self.clip is None:
             raise UserError("zero-shot heads need a CLIP model; this model's tasks have heads of their own")
@@ -129,17 +122,21 @@ class MultiTaskModel(nn.Module):
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        if self.adapters is not None:
+            self.adapters.activate(adapter or task)  # it may change the text tower, too
+            self._adapter_of[task] = adapter or task
         if cache is None:
             weight = class_embeddings(self.clip, tokenizer, class_names, templates)
         else:
-            weight = cached_class_embeddings(self.clip, tokenizer, class_names, templates, cache)
+            tensors = self.clip.state_dict() if self.adapters is None else self.adapters.tensors(adapter or task)
+            weight = cached_class_embeddings(self.clip, tokenizer, class_names, templates, cache, tensors)
         buffer = f"zero_shot_{len(self._zero_shot)}"
         self.register_buffer(buffer, weight)
         self._zero_shot[task] = buffer
         self._labels[task] = list(class_names)
 
     def forward(self, *, tasks: Sequence[str] | None = None, **inputs: Any) -> dict[str, Any]:
-        """Run the backbone once and every head on its output.
+        """Run the backbone once (with adapters: once for each of them) and every head on its output.
 
         :param tasks: names of the heads to run; default: all.
         :param inputs: what the tokenizer or image processor returned.
@@ -149,19 +146,35 @@ class MultiTaskModel(nn.Module):
         for name in wanted:
             self.labels(name)
         outputs: dict[str, Any] = {}
-        headed = [name for name in wanted if name in self._heads]
-        if headed and self.backbone is not None:
-            accepted = inspect.signature(self.backbone.forward).parameters
-            shared = self.backbone(**{name: value for name, value in inputs.items() if name in accepted})
-            for name in headed:
-                stand_in = next(m for m in self._heads[name].children() if isinstance(m, _Shared))
-                stand_in.output = shared
-                outputs[name] = self._heads[name](**inputs)
-                stand_in.output = None
-        zero_shot = [name for name in wanted if name in self._zero_shot]
-        if zero_shot:
-            outputs |= self._zero_shot_outputs(zero_shot, inputs["pixel_values"])
+        for names in self._passes(wanted):
+            headed = [name for name in names if name in self._heads]
+            if headed:
+                outputs |= self._head_outputs(headed, inputs)
+            zero_shot = [name for name in names if name in self._zero_shot]
+            if zero_shot:
+                outputs |= self._zero_shot_outputs(zero_shot, inputs["pixel_values"])
         return {name: outputs[name] for name in wanted}
+
+    def _passes(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Yield the tasks that one pass answers: all, or those of one adapter, which is then active."""
+        if self.adapters is None:
+            yield names
+            return
+        for adapter in dict.fromkeys(self._adapter_of[name] for name in names):
+            self.adapters.activate(adapter)
+            yield [name for name in names if self._adapter_of[name] == adapter]
+
+    def _head_outputs(self, names: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.backbone is not None
+        accepted = inspect.signature(self.backbone.forward).parameters
+        shared = self.backbone(**{name: value for name, value in inputs.items() if name in accepted})
+        outputs: dict[str, Any] = {}
+        for name in names:
+            stand_in = next(m for m in self._heads[name].children() if isinstance(m, Shared))
+            stand_in.output = shared
+            outputs[name] = self._heads[name](**inputs)
+            stand_in.output = None
+        return outputs
 
     def _zero_shot_outputs(self, names: Sequence[str], pixel_values: torch.Tensor) -> dict[str, Any]:
         from transformers.modeling_outputs import ImageClassifierOutput
@@ -172,33 +185,16 @@ class MultiTaskModel(nn.Module):
         return {name: ImageClassifierOutput(logits=images @ getattr(self, self._zero_shot[name]).T) for name in names}
 
 
-def _outline(path: Path, task: str) -> Any:
-    """Return a task's model on the meta device: its class and its shapes."""
+def _clip(path: Path, named: str | Path, options: Mapping[str, Any]) -> nn.Module:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path, subfolder=f"tasks/{task}")
-    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-    with torch.device("meta"):
-        return kind(config)
-
-
-def _head_only(outline: Any, file: Path, options: Mapping[str, Any]) -> Any:
-    """Fill a model's head from its own file, the backbone left out; None when there is more to it than that."""
-    from safetensors.torch import load_file
-
-    if set(options) - {"dtype"} or not file.is_file():
-        return None
-    tensors = load_file(file)
-    _, attribute = _own_backbone(outline)
-    needed = {name for name in outline.state_dict() if not name.startswith(f"{attribute}.")}
-    buffers = [name for name, _ in outline.named_buffers() if not name.startswith(f"{attribute}.")]
-    if needed != set(tensors) or buffers:
-        return None
-    dtype = options.get("dtype")
-    if isinstance(dtype, torch.dtype):
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    outline.load_state_dict(tensors, strict=False, assign=True)
-    return outline.eval()
+    if not (path / "config.json").is_file():
+        what = "only adapters, which PEFT adds to their base" if adapter_names(path) else "so it is no merged model"
+        raise UserError(f"{named} has no config.json, {what}")
+    clip: nn.Module = transformers.AutoModel.from_pretrained(path, **options)
+    if not hasattr(clip, "get_text_features"):
+        raise UserError(f"{named} has neither task heads (tasks/NAME) nor a CLIP text tower")
+    return clip
 
 
 def _label_names(model: Any) -> list[str]:
@@ -212,13 +208,3 @@ def _local(folder: str | Path, revision: str | None) -> Path:
     from cart_hf.sources.hub import download_repository, open_repository
 
     return download_repository(open_repository("model", Reference(str(folder), revision)))
-
-
-def _own_backbone(model: Any) -> tuple[nn.Module, str]:
-    """Return a task model's backbone and the attribute that holds it: the child that is a model itself."""
-    from transformers import PreTrainedModel
-
-    for attribute, child in model.named_children():
-        if isinstance(child, PreTrainedModel):
-            return child, attribute
-    raise UserError(f"{type(model).__name__} has no backbone that tasks could share")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,24 @@ def class_embeddings(
 
 
 def cached_class_embeddings(
-    clip: Any, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str], cache: Path
+    clip: Any,
+    tokenizer: Any,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    cache: Path,
+    tensors: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
-    """Do the same, but keep the result in ``cache``, by text tower, class names and templates."""
+    """Do the same, but keep the result in ``cache``, by text tower, class names and templates.
+
+    :param tensors: what ``clip`` answers with, by name: its own tensors, and those of an adapter that is active.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     from cart_hf.cache import write_through
 
     recipe = json.dumps([list(class_names), list(templates)])
-    key = hashlib.sha256((recipe + _text_tower_hash(clip)).encode()).hexdigest()[:32]
+    key = hashlib.sha256((recipe + _text_tower_hash(tensors)).encode()).hexdigest()[:32]
     path = cache / f"{key}.safetensors"
     device = next(clip.parameters()).device
     with suppress(OSError, SafetensorError):  # not there yet, or damaged
@@ -79,5 +87,5 @@ def _prompt_embeddings(clip: Any, tokenizer: Any, prompts: Sequence[str]) -> tor
     return nn.functional.normalize(features(clip.get_text_features(**known)), dim=-1)
 
 
-def _text_tower_hash(clip: Any) -> str:
-    return tensors_fingerprint({name: tensor for name, tensor in clip.state_dict().items() if name.startswith("text")})
+def _text_tower_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    return tensors_fingerprint({name: tensor for name, tensor in tensors.items() if name.startswith("text")})

@@ -1,0 +1,1 @@
+"""One model in memory that answers every task: shared backbones, heads, adapters, zero-shot heads."""
