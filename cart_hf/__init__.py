@@ -10,15 +10,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cart_hf.api import MergeResult, merge
     from cart_hf.benchmarking.run import BenchmarkResult, benchmark
+    from cart_hf.compression import Compressed, compress
     from cart_hf.errors import UserError
     from cart_hf.evaluation.api import evaluate
     from cart_hf.evaluation.results import Results
-    from cart_hf.multitask import MultiTaskModel
     from cart_hf.publishing import Pushed, push
     from cart_hf.recipe import Evaluation, Recipe
+    from cart_hf.serving.multitask import MultiTaskModel
 
 __all__ = [
     "BenchmarkResult",
+    "Compressed",
     "Evaluation",
     "MergeResult",
     "MultiTaskModel",
@@ -28,6 +30,7 @@ __all__ = [
     "UserError",
     "__version__",
     "benchmark",
+    "compress",
     "evaluate",
     "merge",
     "push",
@@ -36,12 +39,14 @@ __all__ = [
 _HOMES = {
     "benchmark": "cart_hf.benchmarking.run",
     "BenchmarkResult": "cart_hf.benchmarking.run",
+    "compress": "cart_hf.compression",
+    "Compressed": "cart_hf.compression",
     "Evaluation": "cart_hf.recipe",
     "Results": "cart_hf.evaluation.results",
     "evaluate": "cart_hf.evaluation.api",
     "merge": "cart_hf.api",
     "MergeResult": "cart_hf.api",
-    "MultiTaskModel": "cart_hf.multitask",
+    "MultiTaskModel": "cart_hf.serving.multitask",
     "push": "cart_hf.publishing",
     "Pushed": "cart_hf.publishing",
     "Recipe": "cart_hf.recipe",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
+
+from warm_python import run_python
 
 from cart_hf.cli import main
 
@@ -128,8 +129,8 @@ def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
 
 def run_cli(commands: list[list[str]], endpoint: str, home: Path, **more: str) -> list[Answer]:
     """Run command lines one after the other in one new process."""
-    command = [sys.executable, "-c", DRIVER, json.dumps(commands)]
-    settings = environment(endpoint, home, **more)
-    done = subprocess.run(command, env=settings, cwd=home.parent, capture_output=True, text=True, timeout=300)
+    done = run_python(
+        DRIVER, json.dumps(commands), environment=environment(endpoint, home, **more), cwd=home.parent
+    )
     assert done.returncode == 0, done.stderr
     return [Answer(*answer) for answer in json.loads(done.stdout.splitlines()[-1])]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from checkpoints import make_family
+from checkpoints import make_clip, make_family
 from commands import call, refuse, succeed
 from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ import cart_hf
 import cart_hf.api
 from cart_hf.benchmarking import run as benchmarking
 from cart_hf.benchmarking.rows import trials_of
+from cart_hf.benchmarking.sizes import individual_bytes, merged_bytes
 from cart_hf.linalg import low_rank
 from cart_hf.methods import all_methods
 from cart_hf.recipe import Trial
@@ -152,6 +153,7 @@ def test_files_and_formats(recipe, tmp_path):
         assert f"| {row['name']} |" in page
         assert f"{100 * row['average']:.1f}" in page
     assert "bars.png" in page and "radar.png" in page
+    assert "size" not in page + (output / "benchmark.csv").read_text() and "nbytes" not in saved["rows"][0]
     names = {file.name for file in output.iterdir()}
     assert names >= {"benchmark.csv", "benchmark.tex", "bars.svg", "radar.svg", "recipe.yaml", "points.json", "models"}
     kept = cart_hf.MultiTaskModel.from_pretrained(output / "models" / "CART, rank 2")
@@ -159,6 +161,98 @@ def test_files_and_formats(recipe, tmp_path):
     again = succeed("benchmark", path, output, "--resume", "--format", "csv")
     assert again.out == (output / "benchmark.csv").read_text()
     assert json.loads(succeed("benchmark", path, output, "--resume", "--format", "json").out) == saved
+
+
+@pytest.fixture
+def sweep(recipe):
+    """A recipe that compares sizes of CART-Indexing, too."""
+    methods = ["average", {"method": "cart", "parameters": {"rank": 2}}]
+    return recipe | {"benchmark": {"methods": methods, "compress": {"rank_ratio": [0.1, 1.0], "restore": "all"}}}
+
+
+def test_sizes_of_cart_indexing(sweep, tmp_path, world):
+    """Scores and bytes from 10 % to 100 % rank, beside those of the methods and of the models themselves."""
+    output = tmp_path / "out"
+    answer = succeed("benchmark", write(tmp_path, sweep), output, "--keep-models")
+    assert answer.out.splitlines()[0].split()[-2:] == ["norm.", "MB"]
+    rows = {row["name"]: row for row in json.loads((output / "benchmark.json").read_text())["rows"]}
+    small, whole = names = ["CART-Indexing 10 %", "CART-Indexing 100 %"]
+    assert list(rows) == ["pretrained", "individual", "weight average", "CART", *names]
+    assert rows[small]["parameters"] == {"rank_ratio": 0.1, "restore": "all"}
+    scores = {row: {task: found["score"] for task, found in rows[row]["tasks"].items()} for row in rows}
+    assert scores[whole] == scores["individual"] != scores["weight average"]
+    assert rows[whole]["normalized"] == 1.0
+
+    def stored(*files):
+        return sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+
+    kept = output / "models"
+    assert rows["individual"]["nbytes"] == stored(*(Path(world[1][task]) / "model.safetensors" for task in TASKS))
+    centre = stored(kept / "average" / "model.safetensors", *kept.glob("average/tasks/*/head.safetensors"))
+    assert rows["weight average"]["nbytes"] == rows["CART"]["nbytes"] == rows["pretrained"]["nbytes"] == centre
+    for name in names:
+        adapters = [path.stat().st_size for path in (kept / name / "adapters").glob("*/*.safetensors")]
+        assert len(adapters) == len(TASKS)
+        assert rows[name]["nbytes"] == centre + sum(adapters)
+    page, table = (output / "benchmark.md").read_text(), (output / "benchmark.csv").read_text().splitlines()
+    assert "sizes.png" in page and (output / "sizes.svg").is_file()
+    assert "Sizes are of weights" in page
+    assert table[0].split(",")[-2:] == ["size (MB)", "settings"]
+    sizes = [line.split(",")[len(TASKS) + 3] for line in table[1:]]
+    assert sizes == [f"{row['nbytes'] / 1e6:.1f}" for row in rows.values()]
+
+
+def test_sizes_are_resumed_and_share_one_decomposition(sweep, tmp_path, monkeypatch):
+    """A run that is killed goes on with the factors of the largest rank; CART's row finds them, too."""
+    made, decomposed = [], []
+    compress, factorize = benchmarking.compress, low_rank.factorize
+
+    def compress_twice(recipe, **options):
+        made.append(recipe.compress.rank_ratio)
+        if made == [1.0, 0.1]:
+            raise KeyboardInterrupt
+        return compress(recipe, **options)
+
+    def count(matrices, **options):
+        decomposed.append(options["rank"] / min(matrices.shape[1:]))
+        return factorize(matrices, **options)
+
+    monkeypatch.setattr(benchmarking, "compress", compress_twice)
+    monkeypatch.setattr(low_rank, "factorize", count)
+    what, output = cart_hf.Recipe.from_mapping(sweep), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        cart_hf.benchmark(what, output=output)
+    resumed = cart_hf.benchmark(what, output=output, resume=True)
+    assert made == [1.0, 0.1, 0.1]
+    assert decomposed == [1.0] * sum(tensor.role == "low_rank" for tensor in cart_hf.api.plan_merge(what).tensors)
+    assert not (output / "factors").exists()
+    again = cart_hf.benchmark(what, output=output, resume=True)
+    assert made == [1.0, 0.1, 0.1]
+    assert [row.nbytes for row in again.rows] == [row.nbytes for row in resumed.rows]
+    assert again.rows[-2].nbytes < again.rows[-1].nbytes
+
+
+def test_towers_are_compared_with_towers(tmp_path):
+    """A merge of vision towers is a whole CLIP: the text tower, which no model has, is in nobody's size."""
+    base, models = make_clip(tmp_path)
+    plan = cart_hf.api.plan_merge(
+        cart_hf.Recipe.from_mapping({"merge_method": "cart", "base_model": base, "models": models})
+    )
+    tower = sum(tensor.nbytes for tensor in load_file(Path(models[0]) / "model.safetensors").values())
+    assert merged_bytes(plan) == tower
+    assert individual_bytes(plan) == 3 * tower
+
+
+def test_adapters_are_stored_with_one_base(world, tmp_path):
+    """Fine-tuned models that are LoRA adapters take their own files, and their base once."""
+    family, adapters = world[1], []
+    for task in TASKS[:2]:
+        made = cart_hf.compress(base=str(family["base"]), models=[str(family[task])], rank=2, output=tmp_path / task)
+        adapters.append(made.output)
+    recipe = {"merge_method": "average", "models": [str(folder) for folder in adapters]}
+    plan = cart_hf.api.plan_merge(cart_hf.Recipe.from_mapping(recipe))
+    files = [Path(family["base"]) / "model.safetensors", *(f / "adapter_model.safetensors" for f in adapters)]
+    assert individual_bytes(plan) == sum(tensor.nbytes for file in files for tensor in load_file(file).values())
 
 
 def test_resume_measures_nothing_twice(recipe, tmp_path, monkeypatch):
@@ -221,6 +315,24 @@ def test_selection_on_the_scored_split_is_said(recipe, tmp_path):
     assert "the numbers flatter methods with many settings" in answer.out.replace("\n", " ")
 
 
+def test_which_sizes():
+    """One value is a list of one; true is the default list, and both are read back from YAML as they are."""
+
+    def rows(compress):
+        read = cart_hf.Recipe.from_mapping(
+            {"merge_method": "cart", "models": ["a/b", "a/c"], "benchmark": {"compress": compress}}
+        )
+        again = cart_hf.Recipe.from_mapping(yaml.safe_load(read.to_yaml()))
+        assert again == read
+        return [name.removeprefix("CART-Indexing ") for name, _ in again.benchmark.compress.rows]
+
+    assert rows(True) == ["1 %", "2 %", "4 %", "8 %", "16 %", "32 %", "64 %", "100 %"]
+    assert rows({"rank_ratio": 0.07}) == ["7 %"]
+    assert rows({"rank": [4, 16], "restore": "none"}) == ["rank 4", "rank 16"]
+    assert rows({"energy": [0.9]}) == ["90 % energy"]
+    assert rows({"budget": ["5MB", "1.5GB"], "dtype": "bfloat16"}) == ["5MB", "1.5GB"]
+
+
 def test_edges():
     trial = Trial(method="cart", grid={"scale": [1, 2, 3], "rank": [4], "rank_ratio": [0.1, 0.2]})
     assert len(trial.points) == 6
@@ -240,6 +352,37 @@ def test_edges():
         (lambda r: r["benchmark"].update(methods=["crt"]), "row 'crt': merge_method: unknown method 'crt'"),
         (lambda r: r["benchmark"].update(methods=["cart", "cart"]), "two rows are called 'cart'; give one a name"),
         (lambda r: r["benchmark"].update(methods=[]), "benchmark: methods: name at least one"),
+        (
+            lambda r: r["benchmark"].update(compress={"rank_ration": 0.1}),
+            "benchmark.compress.rank_ration: unknown key - did you mean 'rank_ratio'",
+        ),
+        (
+            lambda r: r["benchmark"].update(compress={"rank_ratio": [0.1, 2]}),
+            "benchmark.compress.rank_ratio: must be at most 1, not 2.0",
+        ),
+        (
+            lambda r: r["benchmark"].update(compress={"rank": 4, "budget": "5MB"}),
+            "benchmark.compress: rank and budget exclude each other; give one",
+        ),
+        (lambda r: r["benchmark"].update(compress={"rank": []}), "benchmark.compress: rank: no values to compare"),
+        (
+            lambda r: r["benchmark"].update(compress={"energy": [0.9, 0.9]}),
+            "benchmark.compress: energy: two values for 'CART-Indexing 90 % energy'; keep one",
+        ),
+        (lambda r: r["benchmark"].update(compress={"budget": ["5MB", "lots"]}), "'lots' is not a size such as 5GB"),
+        (lambda r: r["benchmark"].update(compress=[0.1]), "benchmark.compress: expected true, or a mapping such as"),
+        (
+            lambda r: r["benchmark"].update(methods=[{"method": "cart", "name": "CART-Indexing 8 %"}], compress=True),
+            "two rows are called 'CART-Indexing 8 %'",
+        ),
+        (
+            lambda r: (r["benchmark"].update(methods=["average"], compress=True), r.update(exclude=["*"])),
+            "cart found no Linear weight in encoder blocks",
+        ),
+        (
+            lambda r: r["benchmark"].update(compress={"budget": ["1MB", "2kB"]}),
+            "benchmark.compress.budget: 2kB is too small: with one direction of each layer an adapter takes",
+        ),
         (
             lambda r: r["benchmark"].update(methods=[{"method": "ties", "grid": {"densty": [0.1]}}]),
             "row 'ties': parameters.densty: ties has no such parameter - did you mean 'density'",

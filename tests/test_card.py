@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def as_from_the_hub(contents: Contents, **origin: Any) -> Contents:
         model["model"] = f"org/{entry['name']}@" + "b" * 40
     for entry in entries:
         entry |= {"hub_id": f"org/{entry['name']}", "reference": f"org/{entry['name']}@main", "commit": "b" * 40}
-    found = Contents(contents.folder, record, recipe, contents.results)
-    return found.with_origins({source.name: Origin(private=False, **origin) for source in found.sources})
+    found = Contents(contents.folder, {"merge.json": record}, recipe, contents.results)
+    return found.with_origins({(s.hub_id, s.commit): Origin(private=False, **origin) for s in found.sources})
 
 
 def results(*names: str, limit: int | None = None, individual: bool = False) -> Results:
@@ -82,7 +83,7 @@ def test_a_merge_writes_a_card_of_ours(merged: Path) -> None:
 def test_local_sources_are_told_without_their_paths(merged: Path) -> None:
     card = ModelCard.load(merged / "README.md")
     assert card.data.base_model is None
-    assert "so not in the card's `base_model`: base, sst2, mrpc, own" in card.text
+    assert "Not on the Hub, or not named here: base, sst2, mrpc, own" in card.text
     assert str(merged.parent) not in str(card)
     assert (card.data.license, card.data.language, card.data.datasets) == ("mit", ["en"], ["nyu-mll/glue"])
     assert {"merge", "cart", "cart-hf"} <= set(card.data.tags)
@@ -106,7 +107,7 @@ def test_hub_sources_are_named_with_their_commits(merged: Path) -> None:
 def test_results_become_a_table_and_a_model_index(merged: Path) -> None:
     found = results("sst2", "mrpc", "own", limit=100, individual=True)
     contents = read_contents(merged)
-    contents = Contents(contents.folder, contents.record, contents.recipe, found).public("org/merged")
+    contents = replace(contents, results=found).public("org/merged")
     card = ModelCard(render(contents, "org/merged"))
     assert card.data.model_name == "merged"
     metrics = {(r.dataset_type, r.dataset_config, r.metric_type): r for r in card.data.eval_results}
@@ -131,7 +132,7 @@ def test_a_task_of_ones_own_is_not_taken_for_the_built_in_one(merged: Path) -> N
     found = results("own")
     found = Results(**{**found.__dict__, "tasks": {"sst2": found.tasks["own"]}})
     contents = read_contents(merged)
-    card = ModelCard(render(Contents(contents.folder, contents.record, contents.recipe, found), "merged"))
+    card = ModelCard(render(replace(contents, results=found), "merged"))
     assert [result.dataset_type for result in card.data.eval_results] == ["sst2"]
 
 
@@ -153,7 +154,7 @@ def test_the_licence_is_what_all_sources_share(
     origins = {}
     for source, licence in zip(contents.sources, licences, strict=True):
         words = [*licence.split(":", 2), None, None][:3] if licence else [None, None, None]
-        origins[source.name] = Origin(False, *words)
+        origins[source.hub_id, source.commit] = Origin(False, *words)
     card = ModelCard(render(contents.with_origins(origins), "org/merged", told))
     data = card.data.to_dict()
     assert {key: value for key, value in data.items() if key.startswith("license")} == expected
@@ -166,7 +167,7 @@ def test_hidden_sources_are_named_nowhere(merged: Path) -> None:
     record = dict(contents.record) | {"warnings": ["org/mrpc@main: its head was cut"]}
     recipe = dict(contents.recipe) | {"tokenizer_source": "org/mrpc@" + "b" * 40}
     recipe["evaluation"] = {"tasks": ["sst2"], "data": "/home/someone", "tasks_file": "/home/someone/mine.yaml"}
-    contents = Contents(contents.folder, record, recipe, None).public("org/merged", {"org/mrpc"})
+    contents = Contents(contents.folder, {"merge.json": record}, recipe, None).public("org/merged", {"org/mrpc"})
     published = render(contents, "org/merged") + "".join(data.decode() for data in contents.files().values())
     assert "org/mrpc@" not in published
     assert '"org/mrpc"' not in published
@@ -177,6 +178,49 @@ def test_hidden_sources_are_named_nowhere(merged: Path) -> None:
     assert "| mrpc | a private model |" in card.text
     written = yaml.safe_load(contents.files()["cart_hf.yaml"])
     assert (written["tokenizer_source"], written["evaluation"]) == ("mrpc", {"tasks": ["sst2"]})
+
+
+ADAPTS = {
+    "hub_id": "org/big",
+    "commit": "c" * 40,
+    "class": "RobertaForMaskedLM",
+    "origin": {"private": True, "license": "mit"},
+}
+LORA = {"model": {"path": "org/big", "revision": "c" * 40}, "lora": "org/sst2@" + "b" * 40}
+
+
+def test_sources_that_are_adapters_themselves(merged: Path) -> None:
+    contents = as_from_the_hub(read_contents(merged), license="mit")
+    contents.record["models"][0]["adapts"] = ADAPTS
+    contents.recipe["models"][0]["model"] = LORA
+    assert [source.hub_id for source in contents.ingredients][-1] == "org/big"
+    told = render(contents.public("org/merged"), "org/merged")
+    assert "[org/sst2](https://huggingface.co/org/sst2) at" in told
+    assert f"on [org/big](https://huggingface.co/org/big) at [`{'c' * 8}`]" in told
+    public = contents.public("org/merged", {"org/big"})
+    published = render(public, "org/merged") + "".join(data.decode() for data in public.files().values())
+    assert "org/big" not in published
+    assert "| sst2 | a private model |" in published
+    assert yaml.safe_load(public.files()["cart_hf.yaml"])["models"][0]["model"] == "sst2"
+
+
+@pytest.mark.parametrize(
+    "reference", ["/home/a/base+/home/a/tuned", {"model": "/home/a/base", "lora": {"path": "/home/a/tuned"}}]
+)
+def test_local_adapters_as_sources_are_told_without_their_paths(merged: Path, reference: Any) -> None:
+    contents = as_from_the_hub(read_contents(merged))
+    contents.record["models"][0] |= {
+        "hub_id": None,
+        "reference": "/home/a/base+/home/a/tuned",
+        "adapts": ADAPTS | {"hub_id": None},
+    }
+    contents.record["warnings"].append("/home/a/base: its head was cut; /home/a/base+/home/a/tuned is small")
+    contents.recipe["models"][0]["model"] = reference
+    public = contents.public("org/merged")
+    published = render(public, "org/merged") + "".join(data.decode() for data in public.files().values())
+    assert "/home" not in published
+    assert "- Tuned: its head was cut; tuned is small." in published
+    assert "| sst2 | tuned (local folder) |" in published
 
 
 def test_two_clips(tmp_path: Path) -> None:

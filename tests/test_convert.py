@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import assert_absent, leftovers, refuse, succeed
+from commands import assert_absent, environment, leftovers, refuse, succeed
 from hub_server import serving
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
+from warm_python import run_python
 
 import cart_hf
 from cart_hf.conversion import convert
@@ -694,11 +695,7 @@ def test_files_come_from_the_hub(tmp_path: Path) -> None:
 
 def on_hub(jobs: list[tuple[str, str]], endpoint: str, home: Path, **more: str) -> list:
     """Convert in a process of its own: the Hub's client reads its settings when it is imported."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
-    ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost"}
-    ours |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", HUB, json.dumps(jobs)]
-    done = subprocess.run(command, env=kept | ours | more, cwd=home.parent, capture_output=True, text=True, timeout=300)
+    done = run_python(HUB, json.dumps(jobs), environment=environment(endpoint, home, **more), cwd=home.parent)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,10 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from cart_hf.benchmarking.figures import bars, radar
+from cart_hf.benchmarking.figures import bars, radar, sizes
 from cart_hf.errors import UserError
 
+CURVE = {"1 %": (0.14, 0.84), "8 %": (0.24, 0.97), "100 %": (1.58, 1.0)}
 ROWS = ("weight average", "task arithmetic", "TIES", "CART")
 TASKS = ("sst2", "clinc150_kitchen_and_dining", "rte", "mnli")
 
@@ -30,6 +33,16 @@ def needs_matplotlib() -> None:
 def texts(path: Path) -> list[str]:
     """Return the texts of an SVG file, in the order they were drawn."""
     return [element.text or "" for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def placed(path: Path) -> dict[str, tuple[float, float]]:
+    """Return where each text of an SVG file lies: to the right, and down; of equal texts the last."""
+    found = {}
+    for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text"):
+        moved = re.match(r"translate\(([\d.-]+) ([\d.-]+)\)", element.get("transform", ""))
+        x, y = moved.groups() if moved else (element.get("x", "nan"), element.get("y", "nan"))
+        found[element.text or ""] = (float(x), float(y))
+    return found
 
 
 def drawn(draw, folder: Path, *arguments: object) -> list[str]:
@@ -71,16 +84,19 @@ def test_same_bytes_twice(tmp_path, kind):
     needs_matplotlib()
     import matplotlib
 
-    files = [tmp_path / f"{i}.{kind}" for i in range(4)]
+    files = [tmp_path / f"{i}.{kind}" for i in range(6)]
     radar(normalised(), [files[0]])
     bars({"CART": 0.8}, [files[1]], {})
+    sizes(CURVE, [files[4]], {"CART": (0.13, 0.9)})
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black", "svg.fonttype": "path"}):
         settings = dict(matplotlib.rcParams)
         radar(normalised(), [files[2]])
         bars({"CART": 0.8}, [files[3]], {})
+        sizes(CURVE, [files[5]], {"CART": (0.13, 0.9)})
         assert dict(matplotlib.rcParams) == settings
     assert files[0].read_bytes() == files[2].read_bytes()
     assert files[1].read_bytes() == files[3].read_bytes()
+    assert files[4].read_bytes() == files[5].read_bytes()
     assert files[0].read_bytes() != files[1].read_bytes()
 
 
@@ -171,6 +187,43 @@ def test_bars_without_references(tmp_path, reference):
     assert len(lines) == sum(not math.isnan(value) for value in reference.values())
 
 
+def test_sizes(tmp_path):
+    """The curve's labels in their places, the other models by name, and the individual ones where they are."""
+    needs_matplotlib()
+    models = {"individual": (1.0, 1.0), "weight average": (0.125, 0.73), "CART": (0.125, math.nan)}
+    paths = [tmp_path / "sizes.png", tmp_path / "figure.svg"]
+    sizes(CURVE | {"64 %": (1.1, math.nan)}, paths, models)
+    with Image.open(paths[0]) as image:
+        image.load()
+        assert 800 < image.width < 1400
+    shown = placed(paths[1])
+    assert {"CART-Indexing", "(labels: rank kept)", "weight average", "individual models", *CURVE} <= set(shown)
+    assert not {"CART", "64 %", "individual"} & set(shown)
+    lefts = [shown[name][0] for name in ("weight average", "1 %", "8 %", "individual models", "100 %")]
+    assert lefts == sorted(lefts)
+    heights = [shown[name][1] for name in ("individual models", "100 %", "8 %", "1 %", "weight average")]
+    assert heights == sorted(heights)
+
+
+def test_names_of_many_models_do_not_overlap(tmp_path):
+    needs_matplotlib()
+    models = {f"method {i}": (0.125, 0.8 + 0.001 * (i % 5)) for i in range(30)}
+    sizes(CURVE, [tmp_path / "sizes.svg"], models)
+    shown = placed(tmp_path / "sizes.svg")
+    heights = sorted(shown[name][1] for name in models)
+    assert min(below - above for above, below in itertools.pairwise(heights)) > 12  # a line of 10 points
+    in_order = sorted(models, key=lambda name: -shown[name][1])
+    scores = [models[name][1] for name in in_order]
+    assert scores == sorted(scores)
+
+
+@pytest.mark.parametrize("curve", [{}, {"8 %": (0.2, math.nan)}])
+def test_no_sizes_to_draw(tmp_path, curve):
+    with pytest.raises(UserError, match="no size of CART-Indexing has a score"):
+        sizes(curve, [tmp_path / "sizes.png"], {"CART": (0.1, 0.9)})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "scores", [{}, {"CART": {}}, {"CART": {"a": math.nan, "b": math.nan}}, {"individual": {"a": 1.0}}]
 )
@@ -195,6 +248,8 @@ def test_matplotlib_is_missing(tmp_path, monkeypatch):
         radar(normalised(), [tmp_path / "radar.png"])
     with pytest.raises(UserError, match=r"pip install 'cart-hf\[plot\]'"):
         bars({"CART": 0.8}, [tmp_path / "bars.png"], {})
+    with pytest.raises(UserError, match=r"pip install 'cart-hf\[plot\]'"):
+        sizes(CURVE, [tmp_path / "sizes.png"], {})
     assert not list(tmp_path.iterdir())
 
 

@@ -23,6 +23,7 @@ from hub_server import Request, serving
 from hub_uploads import Account, WritableHub
 from small_tasks import numbers, save_processor, save_tokenizer, texts, write_split
 from transformers import AutoModel, AutoModelForSequenceClassification, CLIPModel
+from warm_python import run_python
 
 import cart_hf
 
@@ -176,14 +177,8 @@ def test_the_users_command_merges_and_pushes(world: World) -> None:
 
 
 def test_plain_transformers_loads_what_was_pushed(world: World) -> None:
-    answer = subprocess.run(
-        [sys.executable, "-c", CONSUMER, "org/glue-3", "me/clip-3"],
-        env=environment(world.hub.url, world.folder / "clean", HF_TOKEN=WRITER, PYTHONPATH=""),
-        capture_output=True,
-        text=True,
-        cwd=world.folder.parent,
-        timeout=300,
-    )
+    settings = environment(world.hub.url, world.folder / "clean", HF_TOKEN=WRITER, PYTHONPATH="")
+    answer = run_python(CONSUMER, "org/glue-3", "me/clip-3", environment=settings, cwd=world.folder.parent)
     assert answer.returncode == 0, answer.stderr
     found = json.loads(answer.stdout.splitlines()[-1])
     place = world.folder / "merged"
@@ -280,7 +275,10 @@ REFUSED = {
     ),
     "guest": (["guests/x"], "your role in 'guests' is 'read', which may not write"),
     "invalid name": (["me/two--dashes"], "'me/two--dashes' cannot name a repository: Cannot have -- or .."),
-    "foreign": (["me/foreign"], "me/foreign exists and was not written by cart-hf (no merge.json of ours)"),
+    "foreign": (
+        ["me/foreign"],
+        "me/foreign exists and was not written by cart-hf (no merge.json or compress.json of ours)",
+    ),
     "public": (["org/glue-3", "--private"], "org/glue-3 exists and is public; make it private in its settings"),
     "licence": (
         ["me/licence", "--licence", "MIT License"],
@@ -496,13 +494,16 @@ def test_tasks_that_are_gone_go_from_the_repository(trouble: Trouble) -> None:
     [
         ("telling", ("README.md names me/roberta-rte, which is private; take it out, or --name-private-sources",)),
         ("broken", ("cannot read", "tasks/gone.txt: No such file")),
-        ("no model", ("plain is not a merged model (no merge.json): push a folder that cart-hf merge wrote",)),
+        (
+            "no model",
+            ("plain is not a merged model (no merge.json): push a folder that cart-hf merge or compress wrote",),
+        ),
         ("no folder", ("nowhere is not a folder",)),
         ("merge, foreign", ("me/foreign exists and was not written by cart-hf",)),
         ("merge, nameless", ("name it with --push-to-hub",)),
         (
             "merge, refused",
-            ("me/after: the token may not write there", "the merge is complete: `cart-hf push", "after me/after`"),
+            ("me/after: the token may not write there", "after is complete: `cart-hf push", "after me/after`"),
         ),
     ],
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 import textwrap
 
 import pytest
+from warm_python import run_python
 
 from cart_hf import UserError
 from cart_hf.methods import all_methods, get_method
@@ -52,8 +52,8 @@ def test_entry_points_add_methods_and_a_broken_one_only_warns(tmp_path, broken):
     (info / "entry_points.txt").write_text(entries)
     tests = __file__.rsplit("/", 1)[0]
     program = textwrap.dedent(PROGRAM.format(tests=tests, work=str(tmp_path / "work")))
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r})\n{program}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found_there = os.environ | {"PYTHONPATH": str(site)}
+    done = run_python(program, environment=found_there, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == len(all_methods()) + 1
     assert ("'broken' (no_such_module) cannot be loaded" in done.stderr) == broken

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import make_clip, make_family
 from commands import environment
 from safetensors.torch import load_file
+from warm_python import run_python
 
 from cart_hf.api import plan_merge
 from cart_hf.cache import keep, recall
@@ -29,8 +28,7 @@ print(json.dumps(sorted(name for name in sys.modules if name.startswith("transfo
 def merge(cache: Path, **arguments: object) -> list[str]:
     """Merge in a new process, and return the modules of transformers that it has imported."""
     settings = environment("http://127.0.0.1:9", cache, CART_HF_CACHE=str(cache))
-    command = [sys.executable, "-c", MERGE, json.dumps(arguments)]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300)
+    done = run_python(MERGE, json.dumps(arguments), environment=settings, cwd=cache.parent)
     assert done.returncode == 0, done.stderr
     modules: list[str] = json.loads(done.stdout.splitlines()[-1])
     return modules

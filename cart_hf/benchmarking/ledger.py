@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,20 @@ from cart_hf.evaluation.results import Results
 LEDGER_FILE = "points.json"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a model that was made and measured.
+
+    :param results: every task's result.
+    :param adapter_bytes: size of its adapters' files; 0 when it has none.
+    """
+
+    results: Results
+    adapter_bytes: int = 0
+
+
 class Ledger:
-    """Results by what they are results of.
+    """What was measured, by what it was measured of.
 
     :param folder: the benchmark's folder.
     :param about: what all of them have in common (weights, tasks, data); another value makes the earlier ones void.
@@ -32,14 +45,18 @@ class Ledger:
             except (OSError, ValueError) as failure:
                 raise UserError(f"{self._path} cannot be read ({failure}); --overwrite starts again") from failure
 
-    def get(self, **point: Any) -> Results | None:
-        """Return the results of a point, or None when it has not been measured."""
+    def get(self, **point: Any) -> Measured | None:
+        """Return what is known of a point, or None when it has not been measured."""
         stored = self._found.get(self._key(point))
-        return None if stored is None else Results.from_dict(stored)
+        if stored is None:
+            return None
+        results = {name: value for name, value in stored.items() if name != "adapter_bytes"}
+        return Measured(Results.from_dict(results), stored.get("adapter_bytes", 0))
 
-    def put(self, results: Results, **point: Any) -> None:
-        """Keep the results of a point."""
-        self._found[self._key(point)] = results.to_dict()
+    def put(self, measured: Measured, **point: Any) -> None:
+        """Keep what is known of a point."""
+        of_adapters = {"adapter_bytes": measured.adapter_bytes} if measured.adapter_bytes else {}
+        self._found[self._key(point)] = measured.results.to_dict() | of_adapters
         beside = self._path.with_name(f".{LEDGER_FILE}.partial")
         try:
             beside.write_text(json.dumps(self._found) + "\n", encoding="utf-8")

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cart_hf import tables
-from cart_hf.benchmarking.rows import INDIVIDUAL, PRETRAINED, Row, settings_text
+from cart_hf.benchmarking.rows import COMPRESS, INDIVIDUAL, PRETRAINED, Row, settings_text
 from cart_hf.benchmarking.run import BenchmarkResult
 from cart_hf.errors import UserError
 from cart_hf.evaluation.report import percent
+from cart_hf.recipe.benchmark import INDEXING
 from cart_hf.tables import Table
 
 RESULTS_FILE, PAGE_FILE = "benchmark.json", "benchmark.md"
 
 
 def as_table(rows: Sequence[Row]) -> Table:
-    """Return one row for each model or method, one column for each task, scores in percent."""
+    """Return one row for each model or method, one column for each task, scores in percent, sizes if compared."""
     tasks = task_names(rows)
-    header = ["", *tasks, "average", "normalised", "settings"]
+    header = ["", *tasks, "average", "normalised", *(["size (MB)"] if _sized(rows) else []), "settings"]
     return Table(header, [[row.name, *_cells(row, tasks), settings_text(row.parameters)] for row in rows], words=1)
 
 
@@ -36,7 +38,7 @@ def terminal_table(rows: Sequence[Row], width: int = 100) -> Any:
         tasks, titles = [], []
     drawn = RichTable(box=None, pad_edge=False, collapse_padding=True)
     drawn.add_column("", no_wrap=True)
-    for title in [*titles, "avg.", "norm."]:
+    for title in [*titles, "avg.", "norm.", *(["MB"] if _sized(rows) else [])]:
         drawn.add_column(title, justify="right", vertical="bottom")
     for row in rows:
         drawn.add_row(row.name, *_cells(row, tasks), style="bold" if row.method == "cart" else None)
@@ -48,11 +50,16 @@ def task_names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.results.tasks))
 
 
+def _sized(rows: Sequence[Row]) -> bool:
+    return any(row.nbytes is not None for row in rows)
+
+
 def _cells(row: Row, tasks: Sequence[str]) -> list[str]:
     results = row.results
     scores = [percent(results.tasks[name].score if name in results.tasks else None) for name in tasks]
     whole = not results.errors  # an average over fewer tasks than the other rows' would mislead
-    return [*scores, percent(results.average if whole else None), percent(results.normalized if whole else None)]
+    size = [] if row.nbytes is None else [f"{row.nbytes / 1e6:.1f}"]
+    return [*scores, percent(results.average if whole else None), percent(results.normalized if whole else None), *size]
 
 
 def as_json(result: BenchmarkResult) -> dict[str, Any]:
@@ -67,6 +74,7 @@ def as_json(result: BenchmarkResult) -> dict[str, Any]:
                 "parameters": dict(row.parameters),
                 "on_edge": list(row.on_edge),
                 "points": list(row.points),
+                **({} if row.nbytes is None else {"nbytes": row.nbytes}),
                 **row.results.to_dict(),
             }
             for row in result.rows
@@ -79,13 +87,19 @@ def notes(result: BenchmarkResult) -> list[str]:
     found = []
     if result.selection is not None:
         of_each = f", {result.selection.limit} examples of each task" if result.selection.limit else ""
-        chosen = "; ".join(f"{row.name}: {settings_text(row.parameters)}" for row in result.rows if row.parameters)
+        methods = [row for row in result.rows if row.parameters and row.method != COMPRESS]
+        chosen = "; ".join(f"{row.name}: {settings_text(row.parameters)}" for row in methods)
         found.append(f"Chosen by the average score on the {result.selection.split} split{of_each}: {chosen}.")
         if result.selection.split == result.evaluation.split:
             found.append("That is the split they are scored on: the numbers flatter methods with many settings.")
     for row in result.rows:
         if row.on_edge:
             found.append(f"{row.name}: the best {' and '.join(row.on_edge)} is at the edge of the values tried.")
+    if _sized(result.rows):
+        found.append(
+            "Sizes are of weights, for all tasks together: the individual models; or one backbone and every head; for "
+            f"{INDEXING} those and every adapter. What only the base has, such as a text tower, counts nowhere."
+        )
     several = {result.metric for row in result.rows for result in row.results.tasks.values()}
     if any(metric.startswith("mean of") for metric in several):
         found.append("Tasks with several metrics are scored by their mean (MRPC, QQP: accuracy and F1).")
@@ -120,9 +134,10 @@ def _plain(sentences: list[str]) -> list[str]:
 
 
 def _plots(result: BenchmarkResult) -> tuple[list[tuple[str, str]], list[str]]:
-    from cart_hf.benchmarking.figures import bars, radar
+    from cart_hf.benchmarking.figures import bars, radar, sizes
 
-    merges = {row.name: row.results for row in result.rows if row.method is not None and not row.results.errors}
+    whole = [row for row in result.rows if not row.results.errors]
+    merges = {row.name: row.results for row in whole if row.method not in (None, COMPRESS)}
     references = {
         row.name: row.results.average
         for row in result.rows
@@ -133,14 +148,39 @@ def _plots(result: BenchmarkResult) -> tuple[list[tuple[str, str]], list[str]]:
         for name, found in merges.items()
     }
     averages = {name: found.average for name, found in merges.items() if found.average is not None}
+    curve, models = _places(whole)
+    drawn: list[tuple[str, str]] = []
     try:
-        if not averages:
-            return [], []
-        bars(averages, [result.output / f"bars.{kind}" for kind in ("png", "svg")], references)
-        drawn = [("average scores", "bars.png")]
-        if all(normalised.values()):
-            radar(normalised, [result.output / f"radar.{kind}" for kind in ("png", "svg")])
+        if averages:
+            bars(averages, _files(result, "bars"), references)
+            drawn.append(("average scores", "bars.png"))
+        if averages and all(normalised.values()):
+            radar(normalised, _files(result, "radar"))
             drawn.append(("normalised scores", "radar.png"))
+        if curve:
+            by_budget = any("budget" in row.parameters for row in whole if row.method == COMPRESS)
+            labels = f"labels: {'size of each adapter' if by_budget else 'rank kept'}"
+            sizes(curve, _files(result, "sizes"), models, labels)
+            drawn.append(("size and score", "sizes.png"))
     except UserError as failure:  # no matplotlib: the numbers are what matters
         return [], failure.problems
     return drawn, []
+
+
+def _files(result: BenchmarkResult, name: str) -> list[Path]:
+    return [result.output / f"{name}.{kind}" for kind in ("png", "svg")]
+
+
+def _places(rows: Sequence[Row]) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
+    """Return size and score relative to the individual models', of CART-Indexing and of all others by name."""
+    alone = next((row.nbytes for row in rows if row.name == INDIVIDUAL), None)
+    curve, models = {}, {}
+    for row in rows:
+        score = row.results.normalized
+        if not alone or row.nbytes is None or score is None or row.name == PRETRAINED:
+            continue
+        if row.method == COMPRESS:
+            curve[row.name.removeprefix(INDEXING).strip()] = (row.nbytes / alone, score)
+        else:
+            models[row.name] = (row.nbytes / alone, score)
+    return curve, models

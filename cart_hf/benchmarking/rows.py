@@ -11,6 +11,8 @@ from cart_hf.methods import all_methods, get_method
 from cart_hf.recipe import Recipe, Trial
 
 PRETRAINED, INDIVIDUAL = "pretrained", "individual"
+COMPRESS = "compress"
+"""What stands for the method in the rows of CART-Indexing: the verb that makes them."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,12 @@ class Row:
     """One row of the table.
 
     :param name: what people call it.
-    :param method: the merge method; None for the pretrained and the individual models.
+    :param method: the merge method, or ``compress``; None for the pretrained and the individual models.
     :param parameters: the settings that were scored.
     :param on_edge: those that lie on the edge of their grid: a wider one may do better.
     :param results: every task's result.
     :param points: what was tried, with each one's average on the selection split.
+    :param nbytes: bytes of weights for all tasks together; None where sizes are not compared.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Row:
     on_edge: Sequence[str]
     results: Results
     points: Sequence[Mapping[str, Any]] = ()
+    nbytes: int | None = None
 
 
 def trials_of(recipe: Recipe) -> list[Trial]:

@@ -26,8 +26,9 @@ def benchmark(
     """Fill the paper's table on your models: pretrained, individual, and every method on every task.
 
     The recipe's `evaluation:` says which tasks and examples, its `benchmark:` which methods. A method's `grid:` lists
-    values to try: the best on the selection split is scored. Writes benchmark.json, .md, .csv and .tex, a radar plot
-    of normalised scores and a bar chart.
+    values to try: the best on the selection split is scored. Its `compress:` adds CART-Indexing, one centre with an
+    adapter for each task, at several sizes, and the bytes of every row. Writes benchmark.json, .md, .csv and .tex, a
+    radar plot of normalised scores, a bar chart, and a plot of score against size.
 
     ```yaml
     evaluation: {suite: glue, split: validation}
@@ -37,6 +38,7 @@ def benchmark(
         - average
         - {method: task_arithmetic, grid: {scale: [0.2, 0.3, 0.4]}}
         - {method: cart, grid: {rank_ratio: [0.04, 0.08, 0.16], scale: [1.0, 1.5, 2.0]}}
+      compress: {rank_ratio: [0.01, 0.04, 0.16, 0.64]}
     ```
 
     **Examples**

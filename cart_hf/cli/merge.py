@@ -8,22 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from cart_hf.cli.adapters import report
+from cart_hf.cli.options import (
+    EXECUTION,
+    HUB,
+    METHOD,
+    MODELS,
+    TENSORS,
+    Numbers,
+    Words,
+    checked_repository,
+    push_made,
+    target_of,
+)
 from cart_hf.errors import UserError
 
 if TYPE_CHECKING:
+    from cart_hf.compression import Compressed
     from cart_hf.recipe import Recipe
-
-MODELS = Group("Models")
-METHOD = Group("Method")
-TENSORS = Group("Tensors")
-EXECUTION = Group("Execution")
-HUB = Group("Hub")
-
-Words = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
-Numbers = Annotated[list[float] | None, Parameter(consume_multiple=True, negative=())]
 
 
 def merge(
@@ -57,6 +62,7 @@ def merge(
     resume: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     factors: Annotated[Path | None, Parameter(group=EXECUTION)] = None,
     factors_rank_ratio: Annotated[float | None, Parameter(group=EXECUTION)] = None,
+    as_adapter: Annotated[int | None, Parameter(group=EXECUTION, validator=Number(gte=1))] = None,
     dry_run: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     print_recipe: Annotated[bool, Parameter(group=EXECUTION, negative=())] = False,
     format: Annotated[Literal["human", "json"], Parameter(group=EXECUTION)] = "human",
@@ -65,9 +71,9 @@ def merge(
 ) -> None:
     """Merge fine-tuned models into one.
 
-    Give a recipe file, or `--base` and `--models`. A model is a Hub id, `id@revision`, `org/name/sub/folder`, or a
-    local folder; `NAME=REF` names its task. Under `torchrun`, `accelerate launch` or `srun` the work is shared out; the
-    bytes written do not depend on it.
+    Give a recipe file, or `--base` and `--models`. A model is a Hub id, `id@revision`, `org/name/sub/folder`, a local
+    folder, or a LoRA adapter (its folder or Hub id, or `BASE+ADAPTER`); `NAME=REF` names its task. Under
+    `torchrun`, `accelerate launch` or `srun` the work is shared out; the bytes written do not depend on it.
 
     **Examples**
 
@@ -78,6 +84,7 @@ def merge(
     cart-hf merge recipe.yaml merged --dry-run
     cart-hf merge recipe.yaml merged --num-processes 4 --resume
     cart-hf merge recipe.yaml merged --push-to-hub me/merged --private
+    cart-hf merge --base B --models lora1 lora2 lora3 --output merged-lora --as-adapter 16
     cart-hf merge --base B --models A1 A2 A3 --method ties --density 0.2 --print-recipe
     ```
 
@@ -140,6 +147,8 @@ def merge(
         whatever rank and scale.
     factors_rank_ratio:
         Rank up to which to compute the factors (default: as this merge needs).
+    as_adapter:
+        Write the merge as a LoRA adapter of the base, of this rank, instead of a model (one for each task with a head).
     dry_run:
         Read configurations and headers only, print the plan, write nothing.
     print_recipe:
@@ -156,7 +165,7 @@ def merge(
 
     if recipe is not None and output_folder is None and models and not recipe.is_file():
         recipe, output_folder = None, recipe  # `cart-hf merge OUT --base B --models A1 A2`
-    target = _target(output, output_folder, push_to_hub)
+    target = target_of(output, output_folder, push_to_hub)
     parameters: dict[str, Any] = {
         "rank_ratio": rank_ratio,
         "rank": int(rank) if rank is not None and rank.is_integer() else rank,
@@ -192,44 +201,20 @@ def merge(
         return
     if target is None and not dry_run:
         raise UserError("no output folder: give it after the recipe, or with --output")
-    repo = _checked_repository(push_to_hub, device, private=private)  # before the work, not after it
+    repo = checked_repository(push_to_hub, device, private=private)  # before the work, not after it
     if target is None or dry_run:
         _preview(what, target, device=device, workers=workers, overwrite=overwrite, format=format)
         return
     arguments: dict[str, Any] = {"device": device, "workers": workers, "overwrite": overwrite, "resume": resume}
     arguments |= {"factors": factors, "factors_rank_ratio": factors_rank_ratio}
+    if as_adapter is not None:
+        report(_merge_as_adapter(what, target, as_adapter, num_processes, arguments), format)
+        push_made(target, repo, private=private, format=format)
+        return
     merged = _merge(what, target, num_processes, arguments)
     if is_main():
         _tell(merged, format)
-        if repo is not None:
-            from cart_hf.cli.push import push_merged, show
-
-            show(push_merged(merged.output, repo, private=private), silent=format == "json")
-
-
-def _target(output: Path | None, argument: Path | None, repo: str | None) -> Path | None:
-    """Return the folder to write, if one is named.
-
-    :raises UserError: when there are two.
-    """
-    if output is not None and argument is not None:
-        raise UserError(f"two outputs: {argument} and --output {output}; give one")
-    return output or argument or (Path(repo.rpartition("/")[2]) if repo else None)
-
-
-def _checked_repository(repo: str | None, device: str, *, private: bool | None) -> str | None:
-    """Return the full name of the repository to push to, or None.
-
-    :raises UserError: when a push could not work.
-    """
-    if repo is None:
-        if private is not None:
-            raise UserError("--private and --public are about the repository: name it with --push-to-hub")
-        return None
-    from cart_hf.processes import join
-    from cart_hf.publishing import check_push
-
-    return join(device).by_main(lambda: check_push(repo, private=private))
+        push_made(merged.output, repo, private=private, format=format)
 
 
 def _preview(
@@ -296,6 +281,22 @@ def _merge(recipe: Recipe, target: Path, count: int, arguments: dict[str, Any]) 
             if isinstance(failure, KeyboardInterrupt):
                 sys.exit(130)
         raise
+
+
+def _merge_as_adapter(recipe: Recipe, target: Path, rank: int, count: int, arguments: dict[str, Any]) -> Compressed:
+    """Merge with progress bars into an adapter.
+
+    :raises UserError: for what is about a merge into a model.
+    """
+    from cart_hf.cli.console import progress_bars, quiet_libraries
+    from cart_hf.compression.merged import merge_as_adapter
+
+    known = {name: arguments.pop(name) for name in ("device", "workers", "overwrite")}
+    if count > 1 or any(arguments.values()):
+        raise UserError("--as-adapter: leave out --num-processes, --resume and --factors")
+    quiet_libraries()
+    with progress_bars() as bars:
+        return merge_as_adapter(recipe, output=target, rank=rank, progress=bars, **known)
 
 
 def share(recipe: Recipe, target: Path, arguments: dict[str, Any]) -> Merged:

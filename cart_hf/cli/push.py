@@ -1,4 +1,4 @@
-"""`cart-hf push`, and what `cart-hf merge --push-to-hub` does after the merge."""
+"""`cart-hf push`, and what `--push-to-hub` does after a merge or a compression."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def push(
     /,
     *,
     private: Annotated[bool | None, Parameter(negative="--public")] = None,
+    family: bool = True,
     licence: Annotated[str | None, Parameter(name=["--licence", "--license"])] = None,
     name_private_sources: Annotated[bool, Parameter(negative=())] = False,
     message: str | None = None,
@@ -32,10 +33,13 @@ def push(
     dry_run: Annotated[bool, Parameter(negative=())] = False,
     format: Literal["human", "json"] = "human",
 ) -> None:
-    """Push a merged folder to the Hub, with a model card.
+    """Push a merged or compressed folder to the Hub, with model cards.
 
     One commit; the backbone that the tasks share is sent once. What the repository already has is not sent again: a
     push that was interrupted goes on when it is repeated. A `results.json` in the folder goes into the card.
+
+    Of a compressed folder, each adapter also gets a repository of its own, REPO-TASK, which the Hub shows among the
+    adapters of REPO.
 
     **Examples**
 
@@ -43,24 +47,27 @@ def push(
     cart-hf push merged me/roberta-glue --dry-run
     cart-hf evaluate merged --suite glue --output merged/results.json
     cart-hf push merged me/roberta-glue --private
+    cart-hf push compressed me/roberta-glue-lora --no-family
     ```
 
     Parameters
     ----------
     folder:
-        A folder that `cart-hf merge` wrote.
+        A folder that `cart-hf merge` or `cart-hf compress` wrote.
     repo:
         `ORG/NAME`, or a name in your own namespace.
     private:
-        Make a new repository private or public; default: the Hub's default for you or the organisation.
+        Make new repositories private or public; default: the Hub's default for you or the organisation.
+    family:
+        Give each adapter of a compressed folder a repository of its own.
     licence:
-        The card's licence, by the Hub's name (mit, apache-2.0 ...); default: the one all sources share, or `other`.
+        The cards' licence, by the Hub's name (mit, apache-2.0 ...); default: the one all sources share, or `other`.
     name_private_sources:
         Name private sources in a public repository.
     message:
         The commit's message.
     overwrite:
-        Write into a repository that cart-hf did not write, and replace a card that people have edited.
+        Write into repositories that cart-hf did not write, and replace cards that people have edited.
     dry_run:
         List what would be sent, and send nothing.
     format:
@@ -68,11 +75,12 @@ def push(
     """
     import cart_hf
 
-    with interruptible(folder, repo):
+    with interruptible(folder, repo, *([] if family else ["--no-family"])):
         pushed = cart_hf.push(
             folder,
             repo,
             private=private,
+            family=family,
             overwrite=overwrite,
             dry_run=dry_run,
             licence=licence,
@@ -85,35 +93,44 @@ def push(
 
 
 def show(pushed: Pushed, *, silent: bool = False) -> None:
-    """Print what was pushed, its page and how to load it; notes go to stderr.
+    """Print what was pushed, the pages and how to load it; notes go to stderr.
 
     :param silent: print the notes only.
     """
-    from cart_hf.cli.console import out, size, warn
+    from cart_hf.cli.console import out, warn
 
-    for note in pushed.notes:
+    everything = [pushed, *pushed.members]
+    for note in dict.fromkeys(note for one in everything for note in one.notes):
         warn(note)
     if silent:
         return
+    for one in everything:
+        _show_repository(one)
+    if pushed.commit is not None:
+        for line in pushed.loading:
+            out.print(f"    {line}")
+
+
+def _show_repository(pushed: Pushed) -> None:
+    """Print what one repository got, or would get."""
+    from cart_hf.cli.console import out, size
+
     if pushed.commit is None:
-        for path, nbytes in pushed.files.items():
+        for path, nbytes in sorted(pushed.files.items()):
             out.print(f"{size(nbytes):>10}  {path}")
         for path in pushed.deleted:
             out.print(f"{'delete':>10}  {path}")
         out.print(
             f"{len(pushed.files)} files, {size(pushed.nbytes)} to send to {pushed.url}; dry run: nothing was sent"
         )
-        return
-    if pushed.files or pushed.deleted:
+    elif pushed.files or pushed.deleted:
         out.print(f"pushed {len(pushed.files)} files ({size(pushed.nbytes)}) to {pushed.url}")
     else:
         out.print(f"{pushed.url} has all of it already")
-    for line in pushed.loading:
-        out.print(f"    {line}")
 
 
 def push_merged(folder: Path, repo: str, *, private: bool | None) -> Pushed:
-    """Push what was merged just now; if that fails, the folder stays and the message says how to go on.
+    """Push what was made just now; if that fails, the folder stays and the message says how to go on.
 
     :raises UserError: when the Hub refuses.
     """
@@ -124,21 +141,24 @@ def push_merged(folder: Path, repo: str, *, private: bool | None) -> Pushed:
             return cart_hf.push(folder, repo, private=private)
     except UserError as failure:
         *first, last = failure.problems
-        again = _command(folder, repo) + (" --private" if private else "")
-        raise UserError([*first, f"{last} (the merge is complete: `{again}` sends it)"]) from failure
+        again = _command(folder, repo, *(["--private"] if private else []))
+        raise UserError([*first, f"{last} ({folder} is complete: `{again}` sends it)"]) from failure
 
 
 @contextmanager
-def interruptible(folder: Path, repo: str) -> Iterator[None]:
-    """Say on Ctrl-C how the push goes on."""
+def interruptible(folder: Path, repo: str, *flags: str) -> Iterator[None]:
+    """Say on Ctrl-C how the push goes on.
+
+    :param flags: what else it was told.
+    """
     from cart_hf.cli.console import err
 
     try:
         yield
     except KeyboardInterrupt:
-        err.print(f"interrupted; `{_command(folder, repo)}` sends what is missing")
+        err.print(f"interrupted; `{_command(folder, repo, *flags)}` sends what is missing")
         sys.exit(130)
 
 
-def _command(folder: Path, repo: str) -> str:
-    return shlex.join(["cart-hf", "push", str(folder), repo])
+def _command(folder: Path, repo: str, *flags: str) -> str:
+    return shlex.join(["cart-hf", "push", str(folder), repo, *flags])

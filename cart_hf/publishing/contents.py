@@ -1,10 +1,10 @@
-"""What lies in a merged folder, and what of it others may see."""
+"""What lies in an output folder, and what of it others may see."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,20 @@ import yaml
 from cart_hf.errors import UserError
 from cart_hf.evaluation.results import Results
 from cart_hf.output.origin import Origin
-from cart_hf.output.record import MERGE_FILE, RECIPE_FILE
+from cart_hf.output.record import COMPRESS_FILE, MERGE_FILE, RECIPE_FILE
+from cart_hf.publishing.disclosure import places_of, without_names
+from cart_hf.serving.adapters import ADAPTERS_FOLDER, CONFIG_FILE, WEIGHTS_FILE
 
 RESULTS_FILE, CARD_FILE = "results.json", "README.md"
-_LOCAL_KEYS = ("data", "tasks_file")  # folders and files of the machine, in a recipe's `evaluation:`
+_WRITTEN = {  # what each record must hold
+    MERGE_FILE: {"method", "loader", "base", "models", "warnings"},
+    COMPRESS_FILE: {"centre", "base", "models", "settings", "bytes", "tasks"},
+}
 
 
 @dataclass(frozen=True)
 class Source:
-    """The base or a fine-tuned model, as ``merge.json`` records it.
+    """The base or a fine-tuned model, as the records describe it.
 
     :param name: the task's name, or ``base``.
     :param reference: where it came from.
@@ -30,6 +35,7 @@ class Source:
     :param commit: its Hub commit.
     :param class_name: its class.
     :param origin: its licence and what else its card says.
+    :param adapts: the model that it is an adapter of, if it is one.
     """
 
     name: str
@@ -38,32 +44,63 @@ class Source:
     commit: str | None
     class_name: str
     origin: Origin
+    adapts: Source | None = None
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Source:
+        """Read a record's entry."""
+        adapts = entry.get("adapts")
+        below = {"name": entry["name"], "reference": adapts["hub_id"] or "a local folder"} if adapts else {}
+        return cls(
+            entry["name"],
+            entry["reference"],
+            entry["hub_id"],
+            entry["commit"],
+            entry["class"],
+            Origin.from_dict(entry["origin"]),
+            cls.of({**adapts, **below}) if adapts else None,
+        )
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A merged folder.
+    """A folder that ``cart-hf merge`` or ``cart-hf compress`` wrote.
 
     :param folder: where it lies.
-    :param record: ``merge.json``.
+    :param records: ``merge.json`` and ``compress.json``, those that are there: a single adapter has no ``merge.json``.
     :param recipe: ``cart_hf.yaml``.
     :param results: ``results.json``, if there is one.
     """
 
     folder: Path
-    record: Mapping[str, Any]
+    records: Mapping[str, Mapping[str, Any]]
     recipe: Mapping[str, Any]
     results: Results | None
 
     @property
+    def record(self) -> Mapping[str, Any]:
+        """``merge.json``; of an adapter ``compress.json``, which names the sources in the same way."""
+        return self.records[COMPRESS_FILE if self.is_adapter else MERGE_FILE]
+
+    @property
+    def compression(self) -> Mapping[str, Any] | None:
+        """``compress.json``, if there is one."""
+        return self.records.get(COMPRESS_FILE)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter, and no model."""
+        return MERGE_FILE not in self.records
+
+    @property
     def base(self) -> Source | None:
         """The pretrained model, if the recipe named one."""
-        return _source(self.record["base"]) if self.record["base"] else None
+        return Source.of(self.record["base"]) if self.record["base"] else None
 
     @property
     def models(self) -> list[Source]:
         """The fine-tuned models."""
-        return [_source(model) for model in self.record["models"]]
+        return [Source.of(model) for model in self.record["models"]]
 
     @property
     def sources(self) -> list[Source]:
@@ -71,24 +108,51 @@ class Contents:
         return [*([self.base] if self.base else []), *self.models]
 
     @property
+    def ingredients(self) -> list[Source]:
+        """The sources, and the models that some of them are adapters of."""
+        return [*self.sources, *(source.adapts for source in self.sources if source.adapts)]
+
+    @property
     def tasks(self) -> dict[str, str]:
         """The classes of the tasks that have a head of their own, by name."""
         return {m.name: m.class_name for m in self.models if (self.folder / "tasks" / m.name).is_dir()}
 
+    @property
+    def adapters(self) -> dict[str, Contents]:
+        """Each adapter as a folder of its own, by task; none in a plain merge."""
+        compression = self.compression
+        if compression is None:
+            return {}
+        if self.is_adapter:
+            return dict.fromkeys(compression["tasks"], self)
+        found = {}
+        for task, told in compression["tasks"].items():
+            results = self.results
+            if results is not None:
+                mine = {name: result for name, result in results.tasks.items() if name == task}
+                results = replace(results, tasks=mine, errors={}) if mine else None
+            records = {COMPRESS_FILE: {**compression, "tasks": {task: told}}}
+            found[task] = Contents(self.folder / ADAPTERS_FOLDER / task, records, self.recipe, results)
+        return found
+
     def files(self) -> dict[str, bytes]:
-        """Return the three files that are written from here and not sent as they lie in the folder."""
-        files = {MERGE_FILE: _json(self.record), RECIPE_FILE: recipe_text(self.recipe).encode()}
+        """Return the files that are written from here and not sent as they lie in the folder."""
+        files = {name: _json(record) for name, record in self.records.items()}
+        files[RECIPE_FILE] = recipe_text(self.recipe).encode()
         return files if self.results is None else files | {RESULTS_FILE: _json(self.results.to_dict())}
 
-    def with_origins(self, origins: Mapping[str, Origin]) -> Contents:
-        """Return it with what is known of its sources now, by name; where nothing is, what was known before stays."""
-        record = copy.deepcopy(dict(self.record))
-        for entry in _entries(record):
-            if entry["name"] in origins:
-                new = origins[entry["name"]]
-                old = Origin.from_dict(entry["origin"])
-                entry["origin"] = (new if new.private is not None else replace(old, private=None)).to_dict()
-        return replace(self, record=record)
+    def with_origins(self, origins: Mapping[tuple[str, str | None], Origin]) -> Contents:
+        """Return it with what is known of its sources now; where nothing is, what was known before stays.
+
+        :param origins: by Hub id and commit.
+        """
+        records = copy.deepcopy(dict(self.records))
+        for place in (place for record in records.values() for place in places_of(record)):
+            new = origins.get((place["hub_id"], place["commit"]))
+            if new is not None:
+                old = Origin.from_dict(place["origin"])
+                place["origin"] = (new if new.private is not None else replace(old, private=None)).to_dict()
+        return replace(self, records=records)
 
     def public(self, title: str, hidden: Collection[str] = ()) -> Contents:
         """Return it without the paths of the machine it was made on, and without naming some of its sources.
@@ -96,18 +160,7 @@ class Contents:
         :param title: what the model is called from now on.
         :param hidden: Hub ids that are not to be named.
         """
-        record, recipe = copy.deepcopy(dict(self.record)), copy.deepcopy(dict(self.recipe))
-        names: dict[str, str] = {}
-        for source, (entry, key) in zip(_entries(record), _recipe_entries(recipe), strict=True):
-            if source["hub_id"] is None or source["hub_id"] in hidden:
-                written = {_text(entry[key]), source["reference"], source["hub_id"] or source["reference"]}
-                entry[key] = _unname(source, _text(entry[key]))
-                names |= dict.fromkeys(written, entry[key])
-        record["warnings"] = [_renamed(warning, names) for warning in record["warnings"]]
-        if recipe.get("tokenizer_source") in names:
-            recipe["tokenizer_source"] = names[recipe["tokenizer_source"]]
-        if recipe.get("evaluation"):
-            recipe["evaluation"] = {k: v for k, v in recipe["evaluation"].items() if k not in _LOCAL_KEYS}
+        records, recipe = without_names(self.records, self.recipe, hidden)
         results = self.results
         if results is not None:
             results = replace(
@@ -117,29 +170,50 @@ class Contents:
                 tasks={name: replace(task, settings=_public(task.settings)) for name, task in results.tasks.items()},
                 errors=dict.fromkeys(results.errors, "not measured"),
             )
-        return replace(self, record=record, recipe=recipe, results=results)
+        return replace(self, records=records, recipe=recipe, results=results)
 
 
 def read_contents(folder: Path) -> Contents:
     """Read what a card needs.
 
-    :raises UserError: when the folder is not an output of ``cart-hf merge``, or one of its files is damaged.
+    :raises UserError: when the folder is no output of ``cart-hf merge`` or ``cart-hf compress``, or one of its files is
+        damaged.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    missing = [name for name in (MERGE_FILE, RECIPE_FILE, "config.json") if not (folder / name).is_file()]
+    records = {name: _record(folder / name) for name in _WRITTEN if (folder / name).is_file()}
+    missing = [name for name in _needed(records) if not (folder / name).is_file()]
+    if missing and (folder / ADAPTERS_FOLDER).is_dir() and MERGE_FILE not in records:
+        raise UserError(f"{folder} holds adapters of the base: push each of {folder / ADAPTERS_FOLDER}/NAME by itself")
     if missing:
-        raise UserError(f"{folder} is not a merged model (no {missing[0]}): push a folder that cart-hf merge wrote")
-    record = _read(folder / MERGE_FILE)
-    if not {"method", "loader", "base", "models", "warnings"} <= set(record):
-        raise UserError(f"{folder / MERGE_FILE} is not what this version of cart-hf writes; merge again")
+        raise UserError(
+            f"{folder} is not a merged model (no {missing[0]}): push a folder that cart-hf merge or compress wrote"
+        )
     results = folder / RESULTS_FILE
-    return Contents(folder, record, _read(folder / RECIPE_FILE), Results.load(results) if results.is_file() else None)
+    return Contents(folder, records, _read(folder / RECIPE_FILE), Results.load(results) if results.is_file() else None)
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
     """Return a recipe as YAML."""
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+
+
+def _needed(records: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+    """Return the files without which a folder is not whole."""
+    compression = records.get(COMPRESS_FILE, {})
+    adapter = (CONFIG_FILE, WEIGHTS_FILE)
+    if compression.get("centre") == "base":
+        return (RECIPE_FILE, *adapter)
+    adapters = [f"{ADAPTERS_FOLDER}/{task}/{name}" for task in compression.get("tasks", ()) for name in adapter]
+    return (MERGE_FILE, RECIPE_FILE, "config.json", *adapters)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = _read(path)
+    if not _WRITTEN[path.name] <= set(record):
+        verb = path.stem
+        raise UserError(f"{path} is not what this version of cart-hf writes; {verb} again")
+    return record
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -153,49 +227,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path} is damaged: it holds no mapping")
     return data
-
-
-def _source(entry: Mapping[str, Any]) -> Source:
-    origin = Origin.from_dict(entry["origin"])
-    return Source(entry["name"], entry["reference"], entry["hub_id"], entry["commit"], entry["class"], origin)
-
-
-def _entries(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [*([record["base"]] if record["base"] else []), *record["models"]]
-
-
-def _recipe_entries(recipe: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield where the recipe names the base and the models."""
-    if recipe.get("base_model"):
-        yield recipe, "base_model"
-    for entry in recipe["models"]:
-        yield entry, "model"
-
-
-def _text(reference: str | Mapping[str, str]) -> str:
-    if isinstance(reference, str):
-        return reference
-    return f"{reference['path']}/{reference['subfolder']}"
-
-
-def _unname(source: dict[str, Any], written: str) -> str:
-    """Take a local or private source's reference out of the record; return what the recipe calls it from now on."""
-    name: str = source["name"]
-    if source["hub_id"] is None:
-        name = Path(written).name or name
-        source["reference"] = f"{name} (local folder)"
-    else:
-        source["reference"] = "a private model"
-        source["origin"] = {key: value for key, value in source["origin"].items() if key.startswith("license")}
-    source |= {"hub_id": None, "commit": None}
-    return name
-
-
-def _renamed(text: str, names: Mapping[str, str]) -> str:
-    for written, name in names.items():
-        if "/" in written:
-            text = text.replace(written, name)
-    return text
 
 
 def _public(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,36 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cart_hf import __version__
 from cart_hf.evaluation.results import Results, TaskResult
 from cart_hf.publishing.contents import Contents, Source
+from cart_hf.publishing.loading import Adapter
 from cart_hf.tasks import Task, find_tasks, known_among
 
 HOMEPAGE = "https://github.com/cart-hf/cart-hf"
-_PIPELINES = {"SequenceClassification": "text-classification", "ImageClassification": "image-classification"}
+_PIPELINES = {
+    "CLIPModel": "zero-shot-image-classification",
+    "SequenceClassification": "text-classification",
+    "ImageClassification": "image-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+    "CausalLM": "text-generation",
+}
 _METRIC_IDS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr", "f1_macro": "f1"}
 
 
 def metadata(contents: Contents, title: str, licence: str | None) -> Any:
-    """Return the card's ``ModelCardData``.
+    """Return the ``ModelCardData`` of a model.
 
     :param title: what the model is called.
     :param licence: the licence, if the user names one; default: the one that all sources share.
     """
-    from huggingface_hub import ModelCardData
-
     ids = unique(source.hub_id for source in contents.sources if source.hub_id)
-    origins = [source.origin for source in contents.sources]
-    results = eval_results(contents.results, _pipeline(contents)) if contents.results else []
-    return ModelCardData(
+    return _card_data(
+        contents,
+        contents.sources,
+        title,
+        licence,
         **({"base_model": ids, "base_model_relation": "merge"} if ids else {}),
         library_name="transformers",
-        pipeline_tag=_pipeline(contents),
-        tags=unique(["merge", "cart-hf", contents.record["method"]]),
-        **licence_keys(contents.sources, licence),
+        pipeline_tag=_pipeline([contents.record["loader"], *(model.class_name for model in contents.models)]),
+        tags=unique(["merge", "cart-hf", contents.record["method"], *(["cart", "lora"] if contents.adapters else [])]),
+    )
+
+
+def adapter_metadata(adapter: Adapter, licence: str | None) -> Any:
+    """Return the ``ModelCardData`` of an adapter, which comes from all the sources: the centre holds each of them.
+
+    :param licence: as for :func:`metadata`.
+    """
+    # a base that is no Hub id would have the Hub refuse the card
+    base = {"base_model": adapter.base_id, "base_model_relation": "adapter"} if adapter.base_id else {}
+    return _card_data(
+        adapter.contents,
+        [source for source in adapter.contents.sources if source.name in ("base", adapter.task)],
+        adapter.title,
+        licence,
+        **base,
+        library_name="peft",
+        pipeline_tag=_pipeline([adapter.class_name]),
+        tags=["lora", "cart", "cart-hf"],
+    )
+
+
+def _card_data(contents: Contents, sources: Sequence[Source], title: str, licence: str | None, **keys: Any) -> Any:
+    """Return the keys that are the same for models and adapters beside those that are not.
+
+    :param sources: whose languages and data sets are named.
+    """
+    from huggingface_hub import ModelCardData
+
+    origins = [source.origin for source in sources]
+    results = eval_results(contents.results, keys["pipeline_tag"]) if contents.results else []
+    return ModelCardData(
+        **keys,
+        **licence_keys(contents.ingredients, licence),
         datasets=unique(name for origin in origins for name in origin.datasets) or None,
         language=unique(name for origin in origins for name in origin.language) or None,
         metrics=unique(result.metric_type for result in results) or None,
@@ -96,9 +137,5 @@ def unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _pipeline(contents: Contents) -> str | None:
-    if contents.record["loader"] == "CLIPModel":
-        return "zero-shot-image-classification"
-    endings: Mapping[str, str] = _PIPELINES
-    names = [model.class_name for model in contents.models]
-    return next((tag for ending, tag in endings.items() if any(name.endswith(ending) for name in names)), None)
+def _pipeline(classes: Sequence[str]) -> str | None:
+    return next((tag for ending, tag in _PIPELINES.items() if any(name.endswith(ending) for name in classes)), None)

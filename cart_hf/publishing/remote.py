@@ -1,21 +1,20 @@
-"""The repository that is pushed to: who may write there, what is there already, and whether it is ours."""
+"""The repositories that are pushed to: who may write there, what is there already, and whether it is ours."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cart_hf.errors import UserError
-from cart_hf.output.record import MERGE_FILE
-from cart_hf.publishing.card import is_ours
-from cart_hf.publishing.contents import CARD_FILE
+from cart_hf.errors import UserError, shorten
+from cart_hf.output.record import COMPRESS_FILE, MERGE_FILE
 from cart_hf.publishing.failures import explained
 from cart_hf.sources.patience import patiently
 
 _MADE_BY_THE_HUB = (".gitattributes",)
 _WRITE_ROLES = ("write", "admin", "contributor")
+_LONGEST = 96  # characters of namespace/name
 
 
 @dataclass(frozen=True)
@@ -40,41 +39,32 @@ class Repository:
     :param head: its last commit; None when there is no such repository yet.
     :param private: whether only some may see it; None when it does not exist.
     :param files: its files by path.
-    :param keeps_card: whether its card was edited by people, and stays.
     """
 
     name: str
     head: str | None
     private: bool | None
     files: Mapping[str, RemoteFile]
-    keeps_card: bool = False
 
 
-def check(api: Any, repo: str, *, private: bool | None, overwrite: bool) -> Repository:
+def check(api: Any, repos: Sequence[str], *, private: bool | None, overwrite: bool) -> list[Repository]:
     """Find out whether a push may work, before any work is done for it.
 
-    :param repo: ``namespace/name``, or a name in the user's own namespace.
-    :raises UserError: when the name is wrong, the token may not write there, or what is there is not ours.
+    :param repos: ``namespace/name``, or names in the user's own namespace: the main repository, and its members.
+    :raises UserError: when a name is wrong, the token may not write there, or what is there is not ours.
     """
-    from huggingface_hub import errors, is_offline_mode
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub import is_offline_mode
 
-    try:
-        validate_repo_id(repo)
-    except errors.HFValidationError as failure:
-        raise UserError(f"'{repo}' cannot name a repository: {failure}") from failure
+    _check_names(repos)
     if is_offline_mode():
-        raise UserError(f"{repo}: HF_HUB_OFFLINE forbids pushing; unset it")
-    with explained(repo):
-        account = patiently(repo, api.whoami)
-        repo = repo if "/" in repo else f"{account['name']}/{repo}"
-        _check_account(account, repo)
-        found = look(api, repo)
-        if found.head is None:
-            return found
-        if private and not found.private:
-            raise UserError(f"{repo} exists and is public; make it private in its settings, or leave --private out")
-        return found if overwrite else _checked(api, found)
+        raise UserError(f"{repos[0]}: HF_HUB_OFFLINE forbids pushing; unset it")
+    with explained(repos[0]):
+        account = patiently(repos[0], api.whoami)
+        if "/" not in repos[0]:
+            repos = [f"{account['name']}/{repo}" for repo in repos]
+            _check_names(repos)
+        _check_account(account, repos[0])
+    return [_checked(api, repo, private=private, overwrite=overwrite) for repo in repos]
 
 
 def look(api: Any, repo: str) -> Repository:
@@ -90,6 +80,42 @@ def look(api: Any, repo: str) -> Repository:
         if isinstance(entry, RepoFile):
             files[entry.path] = RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
     return Repository(repo, info.sha, bool(info.private), files)
+
+
+def read(api: Any, found: Repository, path: str) -> str | None:
+    """Return a text file of a repository, newlines as they are; None where there is none."""
+    if path not in found.files:
+        return None
+    place = patiently(found.name, lambda: api.hf_hub_download(found.name, path, revision=found.head))
+    with open(place, encoding="utf-8", newline="") as file:  # noqa: PTH123 - newlines as they are
+        return file.read()
+
+
+def _check_names(repos: Sequence[str]) -> None:
+    """Refuse what the Hub does not take as a name.
+
+    :raises UserError: for the main repository's name, or else with those of its members.
+    """
+    problems = {repo: problem for repo in repos if (problem := _problem(repo))}
+    if repos[0] in problems:
+        raise UserError(f"'{repos[0]}' cannot name a repository: {problems[repos[0]]}")
+    if problems:
+        raise UserError(
+            f"{shorten([repr(repo) for repo in problems])} cannot name the repository of an adapter: "
+            f"{next(iter(problems.values()))}; give the task a shorter or plainer name, or push without such "
+            "repositories (--no-family)"
+        )
+
+
+def _problem(repo: str) -> str | None:
+    from huggingface_hub import errors
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except errors.HFValidationError as failure:
+        return str(failure)
+    return f"the Hub allows {_LONGEST} characters, it has {len(repo)}" if len(repo) > _LONGEST else None
 
 
 def _check_account(account: Mapping[str, Any], repo: str) -> None:
@@ -113,27 +139,24 @@ def _check_account(account: Mapping[str, Any], repo: str) -> None:
         )
 
 
-def _checked(api: Any, found: Repository) -> Repository:
-    """Refuse a repository that is not ours, and notice a card that people have edited."""
-    if not set(found.files) - set(_MADE_BY_THE_HUB):
-        return found
-    record = _read(api, found, MERGE_FILE)
-    if not _is_record(record):
-        raise UserError(
-            f"{found.name} exists and was not written by cart-hf (no {MERGE_FILE} of ours); choose another name, "
-            "or write into it with cart-hf push --overwrite"
-        )
-    card = _read(api, found, CARD_FILE)
-    keeps_card = card is not None and not is_ours(card)
-    return Repository(found.name, found.head, found.private, found.files, keeps_card)
+def _checked(api: Any, repo: str, *, private: bool | None, overwrite: bool) -> Repository:
+    """Refuse a repository that is public and must not be, or is not ours."""
+    with explained(repo):
+        found = look(api, repo)
+        if found.head is None:
+            return found
+        if private and not found.private:
+            raise UserError(f"{repo} exists and is public; make it private in its settings, or leave --private out")
+        if not overwrite and set(found.files) - set(_MADE_BY_THE_HUB) and not _is_ours(api, found):
+            raise UserError(
+                f"{repo} exists and was not written by cart-hf (no {MERGE_FILE} or {COMPRESS_FILE} of ours); choose "
+                "another name, or write into it with cart-hf push --overwrite"
+            )
+    return found
 
 
-def _read(api: Any, found: Repository, path: str) -> str | None:
-    if path not in found.files:
-        return None
-    place = patiently(found.name, lambda: api.hf_hub_download(found.name, path, revision=found.head))
-    with open(place, encoding="utf-8", newline="") as file:  # noqa: PTH123 - newlines as they are
-        return file.read()
+def _is_ours(api: Any, found: Repository) -> bool:
+    return any(_is_record(read(api, found, path)) for path in (MERGE_FILE, COMPRESS_FILE))
 
 
 def _is_record(text: str | None) -> bool:

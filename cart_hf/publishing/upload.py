@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cart_hf.errors import UserError
+from cart_hf.output.record import COMPRESS_FILE, MERGE_FILE
 from cart_hf.publishing.contents import CARD_FILE
 from cart_hf.publishing.files import Content, same_bytes
 from cart_hf.publishing.remote import Repository, look
+from cart_hf.serving.adapters import ADAPTERS_FOLDER, CONFIG_FILE
 from cart_hf.sources.patience import patiently
 
 
@@ -29,16 +31,29 @@ class Changes:
     def __bool__(self) -> bool:
         return bool(self.files or self.deleted)
 
+    def are_in(self, repository: Repository) -> bool:
+        """Whether a repository has them."""
+        there = repository.files
+        return all(c.equals(there.get(path)) for path, c in self.files.items()) and there.keys().isdisjoint(
+            self.deleted
+        )
 
-def changes_of(files: Mapping[str, Content], repository: Repository) -> Changes:
-    """Compare with what is there; of the files that are there only, weights and tasks of an earlier push go."""
+
+def changes_of(files: Mapping[str, Content], repository: Repository, kept: Collection[str]) -> Changes:
+    """Compare with what is there; of the files that are there only, those of an earlier push go.
+
+    :param kept: files that stay as they are there.
+    """
     changed = {path: content for path, content in files.items() if not content.equals(repository.files.get(path))}
-    stale = [path for path in repository.files if path not in files and _is_of_a_merge(path)]
+    stale = [path for path in repository.files if path not in {*files, *kept} and _is_of_a_push(path)]
     return Changes(changed, stale)
 
 
-def _is_of_a_merge(path: str) -> bool:
-    return path.startswith("tasks/") or (path.startswith("model") and ".safetensors" in path and "/" not in path)
+def _is_of_a_push(path: str) -> bool:
+    """Whether a path is that of weights, a task, an adapter, or of a record: what people add is not."""
+    if path.startswith(("tasks/", f"{ADAPTERS_FOLDER}/")) or path in (MERGE_FILE, COMPRESS_FILE, CONFIG_FILE):
+        return True
+    return path.startswith(("model", "adapter_model")) and ".safetensors" in path and "/" not in path
 
 
 def _check_card(repo: str, text: str) -> None:
@@ -63,9 +78,7 @@ def _complaints(answer: str) -> str:
         return " ".join(answer.split())
 
 
-def upload(
-    api: Any, repository: Repository, files: Mapping[str, Content], changes: Changes, message: str
-) -> str | None:
+def upload(api: Any, repository: Repository, changes: Changes, message: str) -> str | None:
     """Send the changes in one commit, each byte string once; return the commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -89,7 +102,7 @@ def upload(
         nonlocal sent
         if sent:  # it may have arrived although its answer did not
             now = look(api, repository.name)
-            if not changes_of(files, now):
+            if changes.are_in(now):
                 return now.head
         sent = True
         done = api.create_commit(repository.name, operations, commit_message=message, parent_commit=repository.head)

@@ -1,0 +1,54 @@
+"""What several verbs have in common: groups of options, their types, and what is done about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+from cart_hf.errors import UserError
+
+MODELS = Group("Models")
+METHOD = Group("Method")
+TENSORS = Group("Tensors")
+EXECUTION = Group("Execution")
+HUB = Group("Hub")
+
+Words = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())]
+Numbers = Annotated[list[float] | None, Parameter(consume_multiple=True, negative=())]
+
+
+def target_of(output: Path | None, argument: Path | None, repo: str | None) -> Path | None:
+    """Return the folder to write, if one is named.
+
+    :raises UserError: when there are two.
+    """
+    if output is not None and argument is not None:
+        raise UserError(f"two outputs: {argument} and --output {output}; give one")
+    return output or argument or (Path(repo.rpartition("/")[2]) if repo else None)
+
+
+def checked_repository(repo: str | None, device: str, *, private: bool | None, tasks: Sequence[str] = ()) -> str | None:
+    """Return the full name of the repository to push to, or None.
+
+    :param tasks: those whose adapters will have repositories of their own.
+    :raises UserError: when a push could not work.
+    """
+    if repo is None:
+        if private is not None:
+            raise UserError("--private and --public are about the repository: name it with --push-to-hub")
+        return None
+    from cart_hf.processes import join
+    from cart_hf.publishing import check_push
+
+    return join(device).by_main(lambda: check_push(repo, private=private, tasks=tasks))
+
+
+def push_made(output: Path, repo: str | None, *, private: bool | None, format: str) -> None:
+    """Push what was made just now, where a repository is named, and say what was sent."""
+    if repo is not None:
+        from cart_hf.cli.push import push_merged, show
+
+        show(push_merged(output, repo, private=private), silent=format == "json")
