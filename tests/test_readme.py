@@ -45,11 +45,12 @@ def test_merge_commands_are_understood():
 
 def test_evaluation_page(tmp_path):
     """Its tasks file and its recipe keys are read, its commands are understood, its results file is one."""
-    own, of_a_recipe = (yaml.safe_load(block) for block in blocks("yaml", EVALUATION))
+    own, of_a_recipe, sizes = (yaml.safe_load(block) for block in blocks("yaml", EVALUATION))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
     assert [task.name for task in find_tasks(tasks_file=tmp_path / "mine.yaml")] == ["trec", "birds"]
     model = yaml.safe_load(blocks("yaml")[0])
     assert len(cart_hf.Recipe.from_mapping({**model, **of_a_recipe}).benchmark.methods) == 4
+    assert len(cart_hf.Recipe.from_mapping({**model, **sizes}).benchmark.compress.rows) == 4
     found = cart_hf.Results.from_dict(json.loads(blocks("json", EVALUATION)[0]))
     assert found.average == 0.888
     commands = [line for block in blocks("bash", EVALUATION) + blocks("bash") for line in block.splitlines()]
@@ -58,6 +59,14 @@ def test_evaluation_page(tmp_path):
     assert len(verbs) >= 8
     for words in verbs:
         app.parse_args(words, exit_on_error=False, print_error=False)
+
+
+def test_the_commands_about_adapters_are_understood():
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line.strip() for line in page.splitlines() if line.strip().startswith("cart-hf ")]
+    assert len(commands) >= 6
+    for command in commands:
+        app.parse_args(shlex.split(command.removesuffix("..."))[1:], exit_on_error=False, print_error=False)
 
 
 def test_every_method_and_parameter_is_listed():
