@@ -129,8 +129,6 @@ def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
 
 def run_cli(commands: list[list[str]], endpoint: str, home: Path, **more: str) -> list[Answer]:
     """Run command lines one after the other in one new process."""
-    done = run_python(
-        DRIVER, json.dumps(commands), environment=environment(endpoint, home, **more), cwd=home.parent
-    )
+    done = run_python(DRIVER, json.dumps(commands), environment=environment(endpoint, home, **more), cwd=home.parent)
     assert done.returncode == 0, done.stderr
     return [Answer(*answer) for answer in json.loads(done.stdout.splitlines()[-1])]

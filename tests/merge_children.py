@@ -74,7 +74,8 @@ def start(folder: Path, work: Callable[..., None], *arguments: Any, **environmen
     number = len(list(folder.glob("*.err")))
     out, err = folder / f"{number}.out", folder / f"{number}.err"
     err.touch()
-    settings = {"OMP_NUM_THREADS": "1"} | {key: str(value) for key, value in environment.items()}
+    caches = {key: os.environ[key] for key in ("HF_HOME", "CART_HF_CACHE") if key in os.environ}
+    settings = {"OMP_NUM_THREADS": "1"} | caches | {key: str(value) for key, value in environment.items()}
     process = CHILDREN.Process(target=_run, args=(work, arguments, settings, out, err))
     process.start()
     return Child(process, out, err)

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import torch
 import transformers
 from checkpoints import make_clip, make_family, perturb, save
-from commands import call, run_cli, succeed
-from hub_server import serving
+from commands import call, succeed
 from peft import PeftModel
 from plain_loops import class_vectors, forwards_of, outcomes, text_logits
 from safetensors.torch import load_file, save_file
@@ -505,23 +503,3 @@ def test_a_task_without_an_adapter(clips: dict[str, World]) -> None:
     succeed(*asked, "--heads", "other=task0", "--normalize")
     by_default = cart_hf.evaluate(clip.exact, clip.evaluation())
     assert list(by_default.tasks) == ["task0", "task1"]
-
-
-# --- on the Hub
-
-
-def test_from_the_hub(world: World, clips: dict[str, World], tmp_path: Path) -> None:
-    models = {"text": world, "clip": clips["whole"]}
-    with serving() as hub:
-        commands = []
-        for name, one in models.items():
-            hub.add(f"org/{name}", one.exact)
-            words = ["evaluate", f"org/{name}", *one.arguments(), "--tasks", "task0", "task1"]
-            commands.append([str(word) for word in (*words, "--output", tmp_path / f"{name}.json")])
-        given = run_cli(commands, hub.url, tmp_path / "home")
-        assert [answer.code for answer in given] == [0, 0], given
-    for name, one in models.items():
-        found = cart_hf.Results.load(tmp_path / f"{name}.json")
-        local = cart_hf.evaluate(one.exact, one.evaluation("task0", "task1"))
-        assert {task: r.metrics for task, r in found.tasks.items()} == {t: r.metrics for t, r in local.tasks.items()}
-        assert np.isfinite(found.average)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import datasets
 import pytest
 from checkpoints import make_clip, make_family
 from commands import call, succeed
+from merge_children import command, start_slurm_step
 from shared_work import fail_crash_and_work, squares
 from small_tasks import images, numbers, save_processor, save_tokenizer, texts, write_split, write_tasks
 
@@ -62,7 +60,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert Results.load(tmp_path / "2.json").tasks == shared.tasks
 
 
-def test_torchrun(tmp_path: Path) -> None:
+def test_a_step_of_slurm(tmp_path: Path) -> None:
+    """``srun -n 2``: what a launcher starts measures together, and one process tells."""
     base, (tower,) = make_clip(tmp_path, tasks=1)
     save_tokenizer("clip", base)
     save_processor("clip", base)
@@ -74,16 +73,16 @@ def test_torchrun(tmp_path: Path) -> None:
     options = ["--base", base, "--tasks-file", tasks_file, "--data", tmp_path / "data", "--batch-size", 2]
     arguments = ["evaluate", tower, *options, "--device", "cpu", "--format", "json"]
     alone = succeed(*arguments)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "cart_hf"]
-    command = [sys.executable, *launcher, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)  # printed once
+    (tmp_path / "answers").mkdir()
+    children = start_slurm_step(tmp_path / "answers", command, *arguments)
+    first, second = (child.answer() for child in children)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert second.out == ""
+    results = json.loads(first.out)
     assert without_time(results) == without_time(json.loads(alone.out))
     assert set(results["tasks"]["task0"]["broken_images"]) == {"3", "10"}
     assert results["environment"]["processes"] == 2
-    assert done.stderr.count("2 of 13 images cannot be decoded") == 1
+    assert (first.err + second.err).count("2 of 13 images cannot be decoded") == 1
 
 
 def test_an_error_in_one_process_reaches_all() -> None:

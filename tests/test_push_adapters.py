@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,7 +19,7 @@ from commands import environment
 from hub_server import serving
 from hub_uploads import WritableHub, wrong_metadata
 from peft import PeftModel
-from small_tasks import save_tokenizer
+from small_tasks import images, save_processor, save_tokenizer, texts, write_split, write_tasks
 from test_push import ACCOUNTS, TEXT, WRITER, World, fill, is_upload
 from transformers import CLIPModel, RobertaForSequenceClassification
 from warm_python import run_python
@@ -26,6 +28,9 @@ import cart_hf
 from cart_hf.evaluation.results import Results, TaskResult
 from cart_hf.publishing import check_push
 from cart_hf.publishing.card import is_ours
+from cart_hf.recipe import Evaluation
+from cart_hf.tasks import IMAGE as IMAGE_TASK
+from cart_hf.tasks import TEXT as TEXT_TASK
 
 BASE = "FacebookAI/roberta-base"
 LONG = "a-task-whose-name-is-so-long-that-no-repository-of-the-hub-can-be-called-after-it-" + "x" * 20
@@ -55,6 +60,10 @@ with torch.no_grad():
             answers.setdefault(repo, []).append((found.logits_per_image if clip else found.logits).tolist())
     auto = AutoPeftModelForSequenceClassification.from_pretrained("me/fam-cola", num_labels=3)
     answers["auto"] = auto.eval()(input_ids=words).logits.tolist()
+    del sys.modules["cart_hf"]  # and one that has it
+    from cart_hf import MultiTaskModel
+    served = MultiTaskModel.from_pretrained("me/fam")(input_ids=words)
+    answers["served"] = {task: output.logits.tolist() for task, output in served.items()}
 print(json.dumps(answers))
 """
 
@@ -89,6 +98,7 @@ def local(world: World) -> Path:
     cart_hf.merge(base=base, models=named[1:], output=place / "plain", method="average")
     base, towers = make_clip(place / "clip")
     save_tokenizer("clip", base)
+    save_processor("clip", base)
     cart_hf.compress(base=base, models=towers, output=place / "clip-3", rank=4, restore="none")
     for copy in ("kept", "measured"):
         shutil.copytree(place / "two", place / copy)
@@ -97,7 +107,20 @@ def local(world: World) -> Path:
     shutil.copytree(place / "measured", place / "edited")
     for path in ("README.md", "adapters/cola/README.md"):
         edit(place / "edited" / path)
+    text = {"kind": TEXT_TASK, "text": "first", "label_mapping": "index"}
+    image = {"kind": IMAGE_TASK, "classes": ["cat", "dog"], "templates": ["a {}"]}
+    labels = {"label": [0, 1, 1, 0, 1]}
+    for seed, task in enumerate(("sst2", "cola")):
+        write_split(place / "data" / task, "test", {"first": texts(5, seed=seed), **labels})
+    for seed, task in enumerate(("task0", "task1")):
+        rows = {"image": images(5, seed), **labels}
+        write_split(place / "data" / task, "test", rows, image=datasets.Image())
+    write_tasks(place / "mine.yaml", sst2=text, cola=text, task0=image, task1=image)
     return place
+
+
+def measuring(local: Path, *tasks: str) -> Evaluation:
+    return Evaluation(tasks=tasks, tasks_file=str(local / "mine.yaml"), data=str(local / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +129,7 @@ def pushed(world: World, local: Path) -> World:
     text = ["--base", BASE, "--models", *(f"{task}={name}" for task, name in TEXT.items())]
     out, one = str(world.folder / "compressed"), str(world.folder / "one")
     measured = str(local / "measured")
+    where = ["--tasks-file", str(local / "mine.yaml"), "--data", str(local / "data"), "--device", "cpu", "--output"]
     world.run(
         {
             "compress": ["compress", *text, "--output", out, "--rank", "4"],
@@ -129,6 +153,8 @@ def pushed(world: World, local: Path) -> World:
             "one, local": ["push", str(local / "one"), "me/one-local"],
             "clip": ["push", str(local / "clip-3"), "me/clip-3"],
             "merge over it": ["push", str(local / "plain"), "me/long"],
+            "score": ["evaluate", "me/fam", "--tasks", "sst2", "cola", *where, str(local / "fam.json")],
+            "score clip": ["evaluate", "me/clip-3", "--tasks", "task0", "task1", *where, str(local / "clip-3.json")],
         }
     )
     return world
@@ -162,11 +188,26 @@ def test_plain_peft_loads_what_the_cards_say(pushed: World, local: Path) -> None
     assert found["auto"] == found["me/fam-cola"][0]
     base = RobertaForSequenceClassification.from_pretrained(pushed.folder / "text" / "base", num_labels=3)
     assert found["me/one"] == [run(PeftModel.from_pretrained(base, pushed.folder / "one"))]
+    for task in TEXT:
+        assert torch.tensor(found["served"][task]).allclose(torch.tensor(found[f"me/fam-{task}"][0]), atol=1e-5)
     alone, mixed = found["me/clip-3"]
     second = found["me/clip-3-task1"][0]
     assert alone != second
     for row, expected in zip(mixed, (alone[0], second[1]), strict=True):  # a batch whose examples are of two tasks
         assert row == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.usefixtures("own_caches")
+def test_what_was_pushed_scores_as_the_folder(pushed: World, local: Path) -> None:
+    for name, folder, tasks in (
+        ("fam", pushed.folder / "compressed", ("sst2", "cola")),
+        ("clip-3", local / "clip-3", ("task0", "task1")),
+    ):
+        found = Results.load(local / f"{name}.json")
+        here = cart_hf.evaluate(folder, measuring(local, *tasks))
+        assert {task: r.metrics for task, r in found.tasks.items()} == {t: r.metrics for t, r in here.tasks.items()}
+        assert tuple(found.tasks) == tasks
+        assert np.isfinite(found.average)
 
 
 def test_a_clip_is_the_same_there_and_here(pushed: World, local: Path) -> None:

@@ -49,14 +49,17 @@ exec(compile(job["code"], "<string>", "exec"), {"__name__": "__main__"})
 @cache
 def server() -> subprocess.Popen[str]:
     """Start the server; it ends when this process does, or lets go of its end of the pipe."""
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    # a process that has looked for GPUs by CUDA itself cannot be forked into one that uses them
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     started = subprocess.Popen([sys.executable, "-c", SERVER], env=settings, **pipes)
     atexit.register(started.communicate)
     return started
 
 
-def run_python(code: str, *arguments: str, environment: Mapping[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_python(
+    code: str, *arguments: str, environment: Mapping[str, str], cwd: Path
+) -> subprocess.CompletedProcess[str]:
     """Run ``python -c CODE ARGUMENTS`` in a new process with nothing but this environment.
 
     :return: its exit code and what it printed; after 300 seconds SIGALRM ends it.

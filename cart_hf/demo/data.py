@@ -41,11 +41,17 @@ def clinc150() -> dict[str, dict[str, Split]]:
     return found
 
 
-@cache
 def intents(domain: str) -> list[str]:
     """Return a domain's intents, in the order of their labels."""
-    pairs = zip(list(_table()["domain"]), list(_table()["intent"]), strict=True)
-    return sorted({intent for other, intent in pairs if other == domain})
+    return _intents()[domain]
+
+
+@cache
+def _intents() -> dict[str, list[str]]:
+    found: dict[str, set[str]] = {}
+    for domain, intent in zip(list(_table()["domain"]), list(_table()["intent"]), strict=True):
+        found.setdefault(domain, set()).add(intent)
+    return {domain: sorted(names) for domain, names in found.items()}
 
 
 def write_data(folder: Path, limits: dict[str, int]) -> None:

@@ -183,7 +183,7 @@ def read_contents(folder: Path) -> Contents:
         raise UserError(f"{folder} is not a folder")
     records = {name: _record(folder / name) for name in _WRITTEN if (folder / name).is_file()}
     missing = [name for name in _needed(records) if not (folder / name).is_file()]
-    if missing and (folder / ADAPTERS_FOLDER).is_dir() and MERGE_FILE not in records:
+    if missing and (folder / ADAPTERS_FOLDER).is_dir() and records.get(COMPRESS_FILE, {}).get("centre") == "base":
         raise UserError(f"{folder} holds adapters of the base: push each of {folder / ADAPTERS_FOLDER}/NAME by itself")
     if missing:
         raise UserError(
