@@ -30,8 +30,8 @@ from cart_hf.cli.console import quiet_libraries, size
 from cart_hf.device import named_device
 from cart_hf.errors import UserError
 from cart_hf.evaluation.batches import batches, split_into_batches
-from cart_hf.serving.multitask import MultiTaskModel
 from cart_hf.parallel import cores
+from cart_hf.serving.multitask import MultiTaskModel
 from cart_hf.tables import Table, markdown
 from cart_hf.tasks import IMAGE, Task, find_tasks, load_split
 

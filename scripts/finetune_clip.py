@@ -58,8 +58,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, get_scheduler
 
-from cart_hf.tasks import Task
 from cart_hf.serving.zero_shot import class_embeddings
+from cart_hf.tasks import Task
 
 
 @dataclass(frozen=True)

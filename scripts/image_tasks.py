@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from cart_hf.tasks import IMAGE, Task, TaskData, find_tasks, load_split
 from cart_hf.serving.zero_shot import class_embeddings, features
+from cart_hf.tasks import IMAGE, Task, TaskData, find_tasks, load_split
 
 Batch = dict[str, torch.Tensor]
 
