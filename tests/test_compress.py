@@ -466,6 +466,22 @@ def test_an_adapter_is_a_source_again(roberta, tmp_path):
         torch.testing.assert_close(lora[name], tensor, rtol=0, atol=5e-6)
 
 
+def test_adapters_of_the_base_lie_apart(roberta, tmp_path):
+    """Each is an adapter like any other; the folder of all of them is none."""
+    made = cart_hf.compress(output=tmp_path / "out", base=roberta[0], models=roberta[1], rank=2, centre="base")
+    assert made.centre_bytes == 0
+    for name, labels in zip(TASKS, (2, 3, 4), strict=True):
+        folder = made.output / "adapters" / name
+        assert list(record(folder)["tasks"]) == [name]
+        assert [model["name"] for model in record(folder)["models"]] == [name]
+        start = transformers.RobertaForSequenceClassification.from_pretrained(roberta[0], num_labels=labels)
+        assert logits(PeftModel.from_pretrained(start, folder)).shape == (4, labels)
+        assert "num_labels=" + str(labels) in (folder / "README.md").read_text()
+    words = ["merge", "--base", roberta[0], "--models", made.output, *roberta[1], "--output", tmp_path / "merged"]
+    refuse(tmp_path / "merged", *words, naming=["name an adapter in it", "adapters/task0"])
+    assert "push each of" in call("push", made.output, "me/x").err
+
+
 def test_layers_that_do_not_differ_are_left_alone(roberta, tmp_path):
     kind = transformers.RobertaForSequenceClassification
     model = kind.from_pretrained(roberta[0], num_labels=3)

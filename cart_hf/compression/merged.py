@@ -44,7 +44,7 @@ def merge_as_adapter(
         merged = folder.parent / "merged"
         merge(recipe, output=merged, device=device, workers=workers, progress=progress)
         tasks = sorted(path.name for path in merged.glob("tasks/*"))
-        models = [f"{name}={merged / 'tasks' / name}" for name in tasks] or [f"{target.name}={merged}"]
+        models = [f"{name}={merged / 'tasks' / name}" for name in tasks] or [f"merged={merged}"]
         settings = {"base": str(recipe.base_model), "models": models}
         wanted = request(None, settings, {"rank": rank, "centre": "base"})
         made = make(

@@ -149,8 +149,11 @@ def read_config(name: str, folder: Path, label: str, file: str) -> dict[str, Any
     """
     path = folder / file
     if not path.is_file():
-        what = "a model folder (save_pretrained)" if file == CONFIG else "a PEFT adapter"
-        raise UserError(f"{name}: {label} has no {file}; is it {what}?")
+        adapters = sorted(found.parent for found in folder.glob(f"*/*/{ADAPTER_CONFIG}"))
+        what = "is it a model folder (save_pretrained)?" if file == CONFIG else "is it a PEFT adapter?"
+        raise UserError(
+            f"{name}: {label} has no {file}; " + (f"name an adapter in it: {adapters[0]}" if adapters else what)
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as failure:
