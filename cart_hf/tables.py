@@ -25,6 +25,11 @@ class Table:
     words: int = 0
 
 
+def span(least: int, most: int) -> str:
+    """Return two numbers as ``8-29``, or one where they are the same."""
+    return str(least) if least == most else f"{least}-{most}"
+
+
 def markdown(table: Table) -> str:
     """Return the table as Markdown, numbers to the right."""
     numbers = len(table.header) - 1 - table.words

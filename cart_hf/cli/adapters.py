@@ -20,7 +20,7 @@ def preview(recipe: Recipe, target: Path | None, *, overwrite: bool, format: str
     from cart_hf.compression.preview import estimates
     from cart_hf.compression.request import centre_of, making_of
     from cart_hf.output import check_target
-    from cart_hf.tables import Table
+    from cart_hf.tables import Table, span
 
     if target is not None:
         check_target(resolved_target(target), overwrite=overwrite)
@@ -34,7 +34,7 @@ def preview(recipe: Recipe, target: Path | None, *, overwrite: bool, format: str
         [
             one.task,
             str(one.layers),
-            _ranks(one.ranks),
+            span(*one.ranks) if one.ranks else "?",
             str(one.restored),
             str(one.left_out),
             size(one.nbytes) if one.nbytes else "?",
@@ -55,7 +55,7 @@ def report(made: Compressed, format: str) -> None:
     """Print what was made: for people, or as JSON."""
     from cart_hf.cli.console import out, print_table, size, warn
     from cart_hf.output.record import COMPRESS_FILE
-    from cart_hf.tables import Table
+    from cart_hf.tables import Table, span
 
     for warning in made.plan.warnings:
         warn(warning)
@@ -68,7 +68,7 @@ def report(made: Compressed, format: str) -> None:
         ranks = [fit.rank for fit in adapter.layers.values()]
         share = f"{adapter.nbytes / outline.model_bytes:.1%}"
         error = f"{adapter.error:.3f}"
-        rows.append([outline.name, _ranks((min(ranks), max(ranks))), error, size(adapter.nbytes), share])
+        rows.append([outline.name, span(min(ranks), max(ranks)), error, size(adapter.nbytes), share])
     print_table(Table(["adapter", "rank", "error", "size", "of its model"], rows))
     whole = made.centre_bytes + sum(adapter.nbytes for adapter in made.adapters.values())
     models = sum(outline.model_bytes for outline in made.outlines)
@@ -83,7 +83,7 @@ def report(made: Compressed, format: str) -> None:
 
 def _loading(made: Compressed) -> list[str]:
     """Return how the first adapter is loaded."""
-    from cart_hf.serving.adapters import ADAPTERS_FOLDER
+    from cart_hf.output.record import ADAPTERS_FOLDER
 
     first, plan = made.outlines[0], made.plan
     kind = f"transformers.{first.class_name}"
@@ -97,10 +97,3 @@ def _loading(made: Compressed) -> list[str]:
         model = f'{kind}.from_pretrained("{plan.base.reference}"{labels})'
         adapter = made.output if len(made.outlines) == 1 else made.output / ADAPTERS_FOLDER / first.name
     return [f"    model = {model}", f'    model = peft.PeftModel.from_pretrained(model, "{adapter}")']
-
-
-def _ranks(ranks: tuple[int, int] | None) -> str:
-    """Return the least and the most rank of an adapter's layers for people."""
-    if ranks is None:
-        return "?"
-    return str(ranks[0]) if ranks[0] == ranks[1] else f"{ranks[0]}-{ranks[1]}"

@@ -17,6 +17,7 @@ from cart_hf.cli.options import (
     Numbers,
     Words,
     checked_repository,
+    positionals,
     push_made,
     target_of,
 )
@@ -147,8 +148,7 @@ def compress(
     from cart_hf.compression.request import request
     from cart_hf.recipe import Recipe
 
-    if recipe is not None and output_folder is None and models and not recipe.is_file():
-        recipe, output_folder = None, recipe  # `cart-hf compress OUT --base B --models A1 A2`
+    recipe, output_folder = positionals(recipe, output_folder, models)
     target = target_of(output, output_folder, push_to_hub)
     settings: dict[str, Any] = {
         "base": base,

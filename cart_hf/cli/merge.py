@@ -21,6 +21,7 @@ from cart_hf.cli.options import (
     Numbers,
     Words,
     checked_repository,
+    positionals,
     push_made,
     target_of,
 )
@@ -163,8 +164,7 @@ def merge(
     from cart_hf.processes import is_main
     from cart_hf.recipe import Recipe, recipe_from_flags, refuse_flags
 
-    if recipe is not None and output_folder is None and models and not recipe.is_file():
-        recipe, output_folder = None, recipe  # `cart-hf merge OUT --base B --models A1 A2`
+    recipe, output_folder = positionals(recipe, output_folder, models)
     target = target_of(output, output_folder, push_to_hub)
     parameters: dict[str, Any] = {
         "rank_ratio": rank_ratio,

@@ -20,6 +20,15 @@ Words = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=()
 Numbers = Annotated[list[float] | None, Parameter(consume_multiple=True, negative=())]
 
 
+def positionals(
+    recipe: Path | None, output: Path | None, models: Sequence[str] | None
+) -> tuple[Path | None, Path | None]:
+    """Return the recipe and the output folder: a lone argument beside ``--models`` that is no file is the output."""
+    if recipe is not None and output is None and models and not recipe.is_file():
+        return None, recipe  # `cart-hf merge OUT --base B --models A1 A2`
+    return recipe, output
+
+
 def target_of(output: Path | None, argument: Path | None, repo: str | None) -> Path | None:
     """Return the folder to write, if one is named.
 

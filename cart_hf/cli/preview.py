@@ -10,6 +10,7 @@ from rich.table import Table
 
 from cart_hf.cli.console import out, size
 from cart_hf.plan import Plan, PlannedTensor
+from cart_hf.tables import span
 
 
 def grouped(plan: Plan) -> list[dict[str, Any]]:
@@ -56,7 +57,7 @@ def _rank(members: list[PlannedTensor]) -> str | None:
     ranks = sorted({t.rank for t in members if t.rank is not None})
     if not ranks:
         return None
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+    return span(ranks[0], ranks[-1])
 
 
 def as_json(plan: Plan, workers: int) -> dict[str, Any]:

@@ -17,10 +17,8 @@ from cart_hf.merging.pieces import is_finite, refuse_broken
 from cart_hf.plan import PlannedTensor
 from cart_hf.plan.model import CHUNK
 from cart_hf.recipe import Reference
-from cart_hf.serving.adapters import WEIGHTS_FILE
 from cart_hf.sources import DTYPES, Checkpoint
-
-_PREFIX = "base_model.model."
+from cart_hf.sources.layout import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def header_bytes(outline: Outline) -> int:
     """Return what names, types, shapes and offsets take in an adapter's file, at most."""
     names = [f"{target.module}.lora_A.weight" for target in outline.targets] * (3 if outline.biased else 2)
     names += [name for names_ in outline.saved.values() for name in names_]
-    return 100 + sum(len(_PREFIX) + len(name) + 80 for name in names)
+    return 100 + sum(len(ADAPTER_PREFIX) + len(name) + 80 for name in names)
 
 
 def write_adapter(
@@ -110,17 +108,17 @@ def write_adapter(
         if target.bias is not None:
             parts["lora_B.bias"] = _difference(outline, centre, target.bias, 0, target.bias.elements)
         if any(bool(part.any()) for part in parts.values()):  # else the layer is the centre's
-            tensors |= {f"{_PREFIX}{target.module}.{name}": part for name, part in parts.items()}
+            tensors |= {f"{ADAPTER_PREFIX}{target.module}.{name}": part for name, part in parts.items()}
             ranks[target.module] = max(1, layers[target.module].rank)
     if not ranks:
         raise UserError(f"{outline.name}: none of its layers differs from the centre's: it needs no adapter")
     for names in outline.saved.values():
-        tensors |= {_PREFIX + name: _read(outline.model, source) for name, source in names.items()}
+        tensors |= {ADAPTER_PREFIX + name: _read(outline.model, source) for name, source in names.items()}
     folder.mkdir(parents=True, exist_ok=True)
     adapter_config(outline, ranks, base).save_pretrained(folder)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     left_out = {tensor.name: _distance(outline, centre, tensor) for tensor in outline.left_out}
-    return Adapter((folder / WEIGHTS_FILE).stat().st_size, layers, left_out)
+    return Adapter((folder / ADAPTER_WEIGHTS).stat().st_size, layers, left_out)
 
 
 def _factor_tensors(target: Target, factors: Factors, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], Fit]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,7 +22,7 @@ from cart_hf.merging import default_workers
 from cart_hf.methods import get_method
 from cart_hf.output import WorkFolder, check_target
 from cart_hf.output.folder import check_inputs
-from cart_hf.output.record import RECIPE_FILE, resolved_recipe, sources_of
+from cart_hf.output.record import ADAPTERS_FOLDER, RECIPE_FILE, resolved_recipe, sources_of
 from cart_hf.output.unfinished import cannot_write
 from cart_hf.parallel import Progress
 from cart_hf.plan import Plan
@@ -30,7 +30,6 @@ from cart_hf.plan.checks import TWO_MODELS
 from cart_hf.processes import Processes, join
 from cart_hf.publishing.card import write_card
 from cart_hf.recipe import Recipe, Reference
-from cart_hf.serving.adapters import ADAPTERS_FOLDER
 from cart_hf.sources import fetch_weights, open_checkpoint
 
 Result = TypeVar("Result")
@@ -224,7 +223,7 @@ class _Job:
 
     def _describe(self, folder: Path, made: Compressed) -> None:
         """Write the records and cards; adapters of the base stand each for itself, and lie in folders of their own."""
-        sources = sources_in(self.merged) if self.merged else sources_of(self.plan)
+        sources = sources_in(self.merged) if self.merged else self._sources(folder)
         groups = [(folder, self.title, self.outlines)]
         if centre_of(self.recipe) == "base" and len(self.outlines) > 1:
             groups += [(self._folder_of(folder, one), one.name, [one]) for one in self.outlines]
@@ -246,6 +245,13 @@ class _Job:
             (place / RECIPE_FILE).write_text(self._resolved(names), encoding="utf-8")
             if made.centre_bytes or len(outlines) == 1:
                 write_card(place, title)
+
+    def _sources(self, folder: Path) -> dict[str, Any]:
+        """Return what is recorded of base and models; where the centre was merged, it has asked the Hub about them."""
+        if centre_of(self.recipe) == "base":
+            return sources_of(self.plan)
+        found = sources_in(folder)
+        return {key: found[key] for key in ("base", "models")}
 
     def _resolved(self, names: Sequence[str]) -> str:
         """Return the recipe that gives the same bytes of some of the adapters."""

@@ -12,12 +12,14 @@ import torch
 
 from cart_hf.cache import cache_folder
 from cart_hf.errors import UserError, shorten
+from cart_hf.output.record import ADAPTERS_FOLDER
 from cart_hf.recipe import Evaluation, Reference
 from cart_hf.recipe.reference import exists, looks_local
-from cart_hf.serving.adapters import ADAPTERS_FOLDER, CONFIG_FILE, adapter_names, attach_adapters
+from cart_hf.serving.adapters import adapter_names, attach_adapters
 from cart_hf.serving.multitask import MultiTaskModel
 from cart_hf.serving.zero_shot import DEFAULT_TEMPLATES
 from cart_hf.sources import Checkpoint, open_checkpoint
+from cart_hf.sources.layout import ADAPTER_CONFIG
 
 _FEWEST_WORDS = 10
 
@@ -185,7 +187,7 @@ def _merged_folder(reference: Reference) -> Path | None:
 
     repository = open_repository("model", reference)
     headed = MERGE_FILE in repository.files and any(name.startswith("tasks/") for name in repository.files)
-    if not headed and not any(fnmatch(name, f"{ADAPTERS_FOLDER}/*/{CONFIG_FILE}") for name in repository.files):
+    if not headed and not any(fnmatch(name, f"{ADAPTERS_FOLDER}/*/{ADAPTER_CONFIG}") for name in repository.files):
         return None
     return download_repository(repository)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cart_hf.errors import UserError
-from cart_hf.merging.thin import centred_products, find_thin
+from cart_hf.merging.thin import Thin, centred_products, find_thin
 from cart_hf.methods import get_method
 from cart_hf.plan import Group, Plan, PlannedTensor
 from cart_hf.sources import DTYPES, Checkpoint
@@ -44,8 +44,9 @@ def merge_group(plan: Plan, group: Group, device: torch.device, store: FactorSto
     try:
         if store is not None:
             return _merge_by_factors(plan, group, *decomposed(plan, group, device, store))
-        if plan.method.of_factors is not None and find_thin(plan, group) is not None:
-            centred = _centred(plan, group, device, rank=first.rank, energy=first.energy)
+        thin = find_thin(plan, group) if plan.method.of_factors is not None else None
+        if thin is not None:
+            centred = _centred_thin(plan, group, thin, device, rank=first.rank, energy=first.energy)
             return _merge_by_factors(plan, group, centred)
         models = _read_group(plan, group, device)
         return plan.method.function(models=models, rank=first.rank, energy=first.energy, **_arguments(plan, first))
@@ -97,13 +98,23 @@ def _centred(
     weight, solver = parameters["weight"], parameters.get("solver", "fast")
     thin = find_thin(plan, group) if centre == "average" else None
     if thin is not None:
-        matrix = thin.read_base(_arithmetic(plan)).to(device)
-        i, name = group.tensors[0].inputs[0]
-        refuse_broken(matrix, plan.models[i], name)
-        return Centred(*centred_products(thin, matrix, weight, rank=rank, energy=energy))
+        return _centred_thin(plan, group, thin, device, rank=rank, energy=energy)
     models = _read_group(plan, group, device)
     around = _read_base(plan, group, device) if centre == "base" else None
     return Centred(*centred_factors(models, weight, rank=rank, energy=energy, solver=solver, centre=around))
+
+
+def _centred_thin(
+    plan: Plan, group: Group, thin: Thin, device: torch.device, *, rank: int | None, energy: float | None
+) -> Centred:
+    """Do the same for the adapters of one base."""
+    from cart_hf.factors.store import Centred
+
+    (tensor,) = group.tensors
+    base = thin.read_base(_arithmetic(plan)).to(device)
+    i, name = tensor.inputs[0]
+    refuse_broken(base, plan.models[i], name)
+    return Centred(*centred_products(thin, base, tensor.parameters["weight"], rank=rank, energy=energy))
 
 
 def _read_base(plan: Plan, group: Group, device: torch.device) -> torch.Tensor:

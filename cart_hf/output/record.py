@@ -19,6 +19,7 @@ from cart_hf.sources import Checkpoint
 from cart_hf.sources.download import sha256_in_cache
 
 MERGE_FILE, RECIPE_FILE, COMPRESS_FILE = "merge.json", "cart_hf.yaml", "compress.json"
+ADAPTERS_FOLDER = "adapters"
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "scipy")
 
 

@@ -11,11 +11,11 @@ from typing import Any
 from cart_hf import __version__
 from cart_hf.evaluation.report import as_table, conventions
 from cart_hf.evaluation.results import Results
+from cart_hf.output.record import ADAPTERS_FOLDER
 from cart_hf.publishing import reconstruction
 from cart_hf.publishing.contents import CARD_FILE, Contents, Source, read_contents, recipe_text
 from cart_hf.publishing.loading import Adapter, adapters_of, loading
 from cart_hf.publishing.metadata import HOMEPAGE, adapter_metadata, licence_of, metadata
-from cart_hf.serving.adapters import ADAPTERS_FOLDER
 from cart_hf.tables import markdown
 
 _MARK = re.compile(r"\n<!-- cart-hf wrote this card: ([0-9a-f]{16}) -->\s*\Z")

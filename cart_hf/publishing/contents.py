@@ -14,9 +14,9 @@ import yaml
 from cart_hf.errors import UserError
 from cart_hf.evaluation.results import Results
 from cart_hf.output.origin import Origin
-from cart_hf.output.record import COMPRESS_FILE, MERGE_FILE, RECIPE_FILE
+from cart_hf.output.record import ADAPTERS_FOLDER, COMPRESS_FILE, MERGE_FILE, RECIPE_FILE
 from cart_hf.publishing.disclosure import places_of, without_names
-from cart_hf.serving.adapters import ADAPTERS_FOLDER, CONFIG_FILE, WEIGHTS_FILE
+from cart_hf.sources.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 RESULTS_FILE, CARD_FILE = "results.json", "README.md"
 _WRITTEN = {  # what each record must hold
@@ -201,7 +201,7 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
 def _needed(records: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     """Return the files without which a folder is not whole."""
     compression = records.get(COMPRESS_FILE, {})
-    adapter = (CONFIG_FILE, WEIGHTS_FILE)
+    adapter = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     if compression.get("centre") == "base":
         return (RECIPE_FILE, *adapter)
     adapters = [f"{ADAPTERS_FOLDER}/{task}/{name}" for task in compression.get("tasks", ()) for name in adapter]

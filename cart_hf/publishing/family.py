@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cart_hf.errors import UserError
-from cart_hf.output.record import COMPRESS_FILE
+from cart_hf.output.record import ADAPTERS_FOLDER, COMPRESS_FILE
 from cart_hf.publishing.card import cards
 from cart_hf.publishing.contents import CARD_FILE, Contents
 from cart_hf.publishing.files import Content
 from cart_hf.publishing.loading import Adapter, adapters_of, loading
-from cart_hf.serving.adapters import ADAPTERS_FOLDER, CONFIG_FILE
+from cart_hf.sources.layout import ADAPTER_CONFIG
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def parcels(
     written = {path: Content.of(data) for path, data in contents.files().items()}
     adapters = adapters_of(contents, title, family=family)
     for adapter in adapters:
-        path = CONFIG_FILE if contents.is_adapter else f"{_folder(adapter)}{CONFIG_FILE}"
+        path = ADAPTER_CONFIG if contents.is_adapter else f"{_folder(adapter)}{ADAPTER_CONFIG}"
         written[path] = _config(present[path], adapter.base)
     whole = {**present, **written}
     found = {"": Parcel(whole, made, loading(contents, title, family=family))}

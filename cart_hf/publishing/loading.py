@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cart_hf.output.record import ADAPTERS_FOLDER
 from cart_hf.publishing.contents import Contents
-from cart_hf.serving.adapters import ADAPTERS_FOLDER, WEIGHTS_FILE
+from cart_hf.sources.layout import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Adapter:
     @cached_property
     def outputs(self) -> int | None:
         """How many numbers the task's head returns; None where it has no head."""
-        return _outputs(self.contents.folder / WEIGHTS_FILE, self.told["heads"])
+        return _outputs(self.contents.folder / ADAPTER_WEIGHTS, self.told["heads"])
 
     @property
     def name(self) -> str:
@@ -138,6 +139,6 @@ def _outputs(file: Path, heads: Sequence[str]) -> int | None:
     own = [
         shape
         for name, shape in shapes.items()
-        if len(shape) == 2 and any(name.startswith(f"base_model.model.{head}.") for head in heads)
+        if len(shape) == 2 and any(name.startswith(f"{ADAPTER_PREFIX}{head}.") for head in heads)
     ]
     return min((rows for rows, columns in own if rows != columns), default=own[0][0] if own else None)

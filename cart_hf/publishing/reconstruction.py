@@ -7,7 +7,7 @@ from typing import Any
 
 from cart_hf.errors import shorten
 from cart_hf.publishing.loading import Adapter
-from cart_hf.tables import Table
+from cart_hf.tables import Table, span
 
 
 def as_table(adapters: Sequence[Adapter]) -> Table:
@@ -16,7 +16,7 @@ def as_table(adapters: Sequence[Adapter]) -> Table:
     for adapter in adapters:
         told = adapter.told
         ranks = [layer["rank"] for layer in told["layers"].values()]
-        rank = str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}"
+        rank = span(min(ranks), max(ranks))
         share = f"{told['bytes'] / told['model_bytes']:.1%}"
         rows.append([adapter.task, str(len(ranks)), rank, megabytes(told["bytes"]), share, f"{told['error']:.3f}"])
     return Table(["task", "layers", "rank", "size", "of its model", "error"], rows)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cart_hf.errors import UserError
-from cart_hf.output.record import COMPRESS_FILE, MERGE_FILE
+from cart_hf.output.record import ADAPTERS_FOLDER, COMPRESS_FILE, MERGE_FILE
 from cart_hf.publishing.contents import CARD_FILE
 from cart_hf.publishing.files import Content, same_bytes
 from cart_hf.publishing.remote import Repository, look
-from cart_hf.serving.adapters import ADAPTERS_FOLDER, CONFIG_FILE
+from cart_hf.sources.layout import ADAPTER_CONFIG
 from cart_hf.sources.patience import patiently
 
 
@@ -51,7 +51,7 @@ def changes_of(files: Mapping[str, Content], repository: Repository, kept: Colle
 
 def _is_of_a_push(path: str) -> bool:
     """Whether a path is that of weights, a task, an adapter, or of a record: what people add is not."""
-    if path.startswith(("tasks/", f"{ADAPTERS_FOLDER}/")) or path in (MERGE_FILE, COMPRESS_FILE, CONFIG_FILE):
+    if path.startswith(("tasks/", f"{ADAPTERS_FOLDER}/")) or path in (MERGE_FILE, COMPRESS_FILE, ADAPTER_CONFIG):
         return True
     return path.startswith(("model", "adapter_model")) and ".safetensors" in path and "/" not in path
 

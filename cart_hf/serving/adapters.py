@@ -11,11 +11,9 @@ import torch
 from torch import nn
 
 from cart_hf.errors import UserError, did_you_mean, shorten, telling
+from cart_hf.output.record import ADAPTERS_FOLDER
+from cart_hf.sources.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
 
-ADAPTERS_FOLDER = "adapters"
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _WRAPPED = ("base_layer", "original_module")
 """What PEFT calls a module that it has put a layer of its own around."""
 
@@ -129,7 +127,7 @@ def adapter_names(folder: Path) -> tuple[str, ...]:
     """Return the tasks that a folder holds adapters for, whether or not they are complete."""
     place = folder / ADAPTERS_FOLDER
     found = sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
-    ours = any((path / CONFIG_FILE).is_file() for path in found)  # and not just a folder of that name
+    ours = any((path / ADAPTER_CONFIG).is_file() for path in found)  # and not just a folder of that name
     return tuple(path.name for path in found) if ours else ()
 
 
@@ -155,17 +153,17 @@ def _read(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     from peft import PeftConfig
     from safetensors.torch import load_file
 
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: it is no PEFT adapter")
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, AttributeError) as failure:
-        raise UserError(f"{folder / CONFIG_FILE}: PEFT cannot read it: {_line(failure)}") from failure
+        raise UserError(f"{folder / ADAPTER_CONFIG}: PEFT cannot read it: {_line(failure)}") from failure
     config.inference_mode = True
-    with telling(f"cannot read {folder / WEIGHTS_FILE}"):
-        stored = load_file(folder / WEIGHTS_FILE)
-    return config, {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
+    with telling(f"cannot read {folder / ADAPTER_WEIGHTS}"):
+        stored = load_file(folder / ADAPTER_WEIGHTS)
+    return config, {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in stored.items()}
 
 
 def _compare(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -174,7 +172,7 @@ def _compare(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tens
     if unknown:
         raise UserError(f"{folder}: the model has no place for its {shorten(unknown)}")
     if missing:
-        raise UserError(f"{folder}: its {CONFIG_FILE} names layers whose tensors it lacks: {shorten(missing)}")
+        raise UserError(f"{folder}: its {ADAPTER_CONFIG} names layers whose tensors it lacks: {shorten(missing)}")
     for name, tensor in stored.items():
         if tensor.shape != wanted[name].shape:
             raise UserError(

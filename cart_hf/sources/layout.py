@@ -12,7 +12,10 @@ from cart_hf.sources.weights import PickleFile, SafetensorsFile, WeightFile
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 LAYOUTS = (SINGLE, INDEX, PICKLE, PICKLE_INDEX)
-ADAPTER_CONFIG, ADAPTER_LAYOUTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_LAYOUTS = (ADAPTER_WEIGHTS, "adapter_model.bin")
+ADAPTER_PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's modules."""
 
 
 def local_weight_files(folder: Path, layouts: Sequence[str] = LAYOUTS) -> dict[str, WeightFile]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cart_hf.errors import UserError
+from cart_hf.sources.layout import ADAPTER_PREFIX
 from cart_hf.sources.lora.settings import LoraSettings
 from cart_hf.sources.weights import StoredTensor
 
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 _TABLE = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.[^.]+)?")
 _BIAS = re.compile(r"(.+)\.lora_B(?:\.[^.]+)?\.bias")
@@ -66,7 +66,7 @@ def changes_of(label: str, stored: Mapping[str, StoredTensor], settings: LoraSet
     changes: dict[str, Change] = {}
     replaced: dict[str, str] = {}
     for key in stored:
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(ADAPTER_PREFIX)
         if found := _FACTOR.fullmatch(name) or _TABLE.fullmatch(name):
             module, side = found.groups()
             new = Change(table=found.re is _TABLE, scaling=settings.scaling(module), **{side.lower(): key})
