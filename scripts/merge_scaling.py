@@ -13,8 +13,8 @@ from typing import Any
 import merge_checkpoints as checkpoints
 from merge_commands import CART, flops, machine, measured, merge_command, planned, product_rates, weight_files
 
-from cart_hf.benchmarking.figures.canvas import new_figure
 from cart_hf.cli.console import size
+from cart_hf.figures.canvas import new_figure
 from cart_hf.tables import Table, markdown
 
 AXES = {"models": "fine-tuned models", "layers": "layers", "width": "hidden size"}

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cart_hf.benchmarking.figures.canvas import new_figure
-from cart_hf.benchmarking.figures.style import (
+from cart_hf.errors import UserError
+from cart_hf.figures.canvas import new_figure
+from cart_hf.figures.style import (
     CART,
     COLOURS,
     FAINT,
@@ -22,11 +23,12 @@ from cart_hf.benchmarking.figures.style import (
     without_frame,
     wrapped,
 )
-from cart_hf.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+RELATIVE = "score relative to\nthe task's own model"  # above the legend of normalised scores
 
 
 def bars(averages: Mapping[str, float], paths: Sequence[Path], reference: Mapping[str, float]) -> None:
@@ -72,7 +74,7 @@ def draw_groups(figure: Figure, tasks: Sequence[str], values: Mapping[str, Seque
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel("normalised score (%)")
     without_frame(axes)
-    add_legend(figure, axes)
+    add_legend(figure, axes, RELATIVE)
 
 
 def _draw_bar(axes: Axes, place: int, value: float, *, cart: bool) -> None:

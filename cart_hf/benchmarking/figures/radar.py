@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cart_hf.benchmarking.figures.bars import draw_groups
-from cart_hf.benchmarking.figures.canvas import new_figure
-from cart_hf.benchmarking.figures.style import (
+from cart_hf.benchmarking.figures.bars import RELATIVE, draw_groups
+from cart_hf.errors import UserError
+from cart_hf.figures.canvas import new_figure
+from cart_hf.figures.style import (
     FAINT,
     INDIVIDUAL,
     INDIVIDUAL_LINE,
@@ -19,7 +20,6 @@ from cart_hf.benchmarking.figures.style import (
     styles_of,
     wrapped,
 )
-from cart_hf.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +72,7 @@ def _draw_radar(figure: Figure, tasks: Sequence[str], values: Mapping[str, Seque
         _label_circle(axes, math.pi / len(tasks), tick)
     for angle, task in zip(angles, tasks, strict=True):
         _name_axis(axes, angle, ticks[0] + 1.09 * reach, task, size=9 if len(tasks) > 12 else 10)
-    add_legend(figure, axes)
+    add_legend(figure, axes, RELATIVE)
 
 
 def _radial_ticks(least: float) -> list[float]:

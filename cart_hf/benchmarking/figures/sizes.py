@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cart_hf.benchmarking.figures.canvas import new_figure
-from cart_hf.benchmarking.figures.style import (
+from cart_hf.errors import UserError
+from cart_hf.figures.canvas import new_figure
+from cart_hf.figures.style import (
     CART,
     INDIVIDUAL,
     INDIVIDUAL_LINE,
@@ -18,7 +19,6 @@ from cart_hf.benchmarking.figures.style import (
     without_frame,
     wrapped,
 )
-from cart_hf.errors import UserError
 from cart_hf.recipe.benchmark import INDEXING
 
 if TYPE_CHECKING:

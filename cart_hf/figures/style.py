@@ -1,4 +1,4 @@
-"""How a benchmark's figures look: colours, lines, names and the legend."""
+"""How figures look: colours, lines, names and the legend."""
 
 from __future__ import annotations
 
@@ -53,10 +53,14 @@ def styles_of(names: Sequence[str]) -> dict[str, Style]:
         elif name == PRETRAINED:
             styles[name] = Style(PRETRAINED_LINE, "d")
         else:
-            line = {"color": COLOURS[others % len(COLOURS)], "linestyle": _DASHES[others % len(_DASHES)]}
-            styles[name] = Style(line, _MARKERS[others % len(_MARKERS)])
+            styles[name] = Style(line_of(others), _MARKERS[others % len(_MARKERS)])
             others += 1
     return styles
+
+
+def line_of(place: int) -> dict[str, Any]:
+    """Return colour and line style of the line at a place: no two of the first 35 are alike."""
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": _DASHES[place % len(_DASHES)]}
 
 
 def is_cart(name: str) -> bool:
@@ -84,8 +88,11 @@ def without_frame(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def add_legend(figure: Figure, axes: Axes) -> None:
-    """Put the legend to the right of all that is drawn so far."""
+def add_legend(figure: Figure, axes: Axes, title: str | None = None) -> None:
+    """Put the legend to the right of all that is drawn so far.
+
+    :param title: what it says above the names.
+    """
     box = axes.get_tightbbox()
     assert box is not None
     legend = figure.legend(
@@ -95,7 +102,7 @@ def add_legend(figure: Figure, axes: Axes) -> None:
         frameon=False,
         handlelength=3,
         labelspacing=0.7,
-        title="score relative to\nthe task's own model",
+        title=title,
         alignment="left",
     )
     legend.get_title().set_color(FAINT)
