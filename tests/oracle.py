@@ -92,6 +92,12 @@ def _task_vectors(base: State, models: list[State]) -> list[State]:
 def ties(
     base: State, models: list[State], density: float, scale: float, per_tensor=False, mean=True, weights=None
 ) -> State:
+    terms = ties_terms(base, models, density, per_tensor, mean, weights)
+    return {n: base[n] + scale * term.sum(0) for n, term in terms.items()}
+
+
+def ties_terms(base: State, models: list[State], density: float, per_tensor=False, mean=True, weights=None) -> State:
+    """What is left of each task vector where its sign is the elected one, divided so that the sum is the mean."""
     taus = _task_vectors(base, models)
     w = weights or [1.0] * len(models)
     kept = []
@@ -106,15 +112,15 @@ def ties(
                 threshold = own[min(len(own) - int(density * len(own)), len(own) - 1)]
             trimmed[n] = np.where(np.abs(t) >= threshold, t, 0).astype(np.float64)
         kept.append(trimmed)
-    merged = {}
+    terms = {}
     for n in taus[0]:
         stack = np.stack([k[n] for k in kept])
         wide = np.reshape(w, (-1, *[1] * (stack.ndim - 1)))
         sign = np.where((wide * stack).sum(0) >= 0, 1, -1)
         agrees = (np.sign(stack) == sign) & (stack != 0)
-        total, mass = (wide * stack * agrees).sum(0), (wide * agrees).sum(0)
-        merged[n] = base[n] + scale * (total / np.where(mass == 0, 1, mass) if mean else total)
-    return merged
+        mass = (wide * agrees).sum(0)
+        terms[n] = wide * stack * agrees / (np.where(mass == 0, 1, mass) if mean else 1)
+    return terms
 
 
 def consensus(base: State, models: list[State], scale: float, threshold: float, min_tasks: int) -> State:

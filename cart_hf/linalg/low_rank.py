@@ -7,7 +7,7 @@ The best rank-k approximation of D (m x n, m >= n) is ``D V V^T`` with V the top
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +37,13 @@ class Factors:
     def cut(self, k: int) -> Factors:
         """Return the first ``k`` directions."""
         return Factors(self.left[:, :, :k], self.singular[:, :k], self.right[:, :k], self.squares)
+
+    def masked(self, mask: torch.Tensor) -> Factors:
+        """Return them with some directions set to zero.
+
+        :param mask: what is kept, shape (T, k).
+        """
+        return replace(self, singular=self.singular * mask.to(self.singular))
 
     def ranks(self, *, rank: int | None = None, energy: float | None = None) -> list[int] | None:
         """Return how many directions of each matrix to keep, or None when more are asked for than there are.

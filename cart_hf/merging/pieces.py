@@ -9,20 +9,22 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cart_hf.errors import UserError
 from cart_hf.merging.thin import Thin, centred_products, find_thin
-from cart_hf.methods import get_method
+from cart_hf.methods import Method, get_method
+from cart_hf.methods.linear import combine
 from cart_hf.plan import Group, Plan, PlannedTensor
 from cart_hf.sources import DTYPES, Checkpoint
 
 if TYPE_CHECKING:
     from cart_hf.factors import FactorStore
     from cart_hf.factors.store import Centred
+    from cart_hf.plan.coefficients import Learnt
     from cart_hf.recipe.compression import Centre
 
 Thresholds = Mapping[tuple[int, str], float]
@@ -48,6 +50,8 @@ def merge_group(plan: Plan, group: Group, device: torch.device, store: FactorSto
         if thin is not None:
             centred = _centred_thin(plan, group, thin, device, rank=first.rank, energy=first.energy)
             return _merge_by_factors(plan, group, centred)
+        if plan.learnt(group) is not None:
+            return _merge_by_factors(plan, group, _centred(plan, group, device, rank=first.rank, energy=first.energy))
         models = _read_group(plan, group, device)
         return plan.method.function(models=models, rank=first.rank, energy=first.energy, **_arguments(plan, first))
     except DecompositionError as failure:
@@ -57,10 +61,24 @@ def merge_group(plan: Plan, group: Group, device: torch.device, store: FactorSto
 
 
 def _merge_by_factors(plan: Plan, group: Group, centred: Centred, ranks: Sequence[int] | None = None) -> torch.Tensor:
+    learnt = plan.learnt(group)
+    if learnt is not None:
+        return add_terms(centred, ranks, learnt)
     arguments = _arguments(plan, group.tensors[0])
     arguments.pop("solver", None)
     assert plan.method.of_factors is not None  # refused before the work
     return plan.method.of_factors(centre=centred.centre, factors=centred.factors, ranks=ranks, **arguments)
+
+
+def add_terms(centred: Centred, ranks: Sequence[int] | None, learnt: Learnt) -> torch.Tensor:
+    """Return the centre of a matrix plus its low-rank terms, each times the coefficient that was learnt for it.
+
+    :param ranks: how many directions of each to keep; None: all there are.
+    """
+    from cart_hf.linalg.low_rank import weighted_sum
+
+    factors = centred.factors if learnt.mask is None else centred.factors.masked(learnt.mask)
+    return weighted_sum(factors, learnt.values, ranks).add_(centred.centre)
 
 
 def decomposed(
@@ -150,25 +168,57 @@ def merge_chunk(
     if tensor.role == "base":
         return _copy(plan, tensor, (start, stop))
     method, arguments = plan.method, _arguments(plan, tensor)
-    if tensor.role == "average":
+    learnt = plan.learnt(Group((tensor,)))
+    if tensor.role == "average" and learnt is None:
         normalize = arguments.get("normalize", True) if method.name == "average" else True
         arguments = {"weight": arguments.get("weight", [1.0] * len(tensor.inputs)), "normalize": normalize}
         method = get_method("average")
-    if method.survey == "magnitude":
-        arguments["thresholds"] = [thresholds[i, tensor.name] for i, _ in tensor.inputs]
-    if method.random:  # block by block they go on: what they draw does not depend on the block's size
-        arguments["generators"] = [_generator(plan, tensor, plan.models[i].name, start) for i, _ in tensor.inputs]
-    sources = sources_of(plan, tensor)
     result = torch.empty(stop - start, dtype=DTYPES[tensor.dtype])
+    for first, inputs in _blocks(plan, tensor, (start, stop), device, method, thresholds):
+        if learnt is None:
+            merged = method.function(**inputs, **arguments)
+        else:
+            assert method.linear is not None  # what coefficients are learnt for
+            merged = combine(*method.linear.terms(**inputs, **arguments), learnt.values)
+        result[first : first + len(merged)] = cast(plan, tensor, merged)
+    return result
+
+
+def chunk_terms(
+    plan: Plan, tensor: PlannedTensor, start: int, stop: int, device: torch.device, thresholds: Thresholds
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield elements ``start`` to ``stop`` of a tensor as a linear method's centre and terms, a block at a time.
+
+    :return: the block's first element, counted from ``start``; the centre, 1-D; the terms, shape (models, elements).
+    """
+    arguments, linear = _arguments(plan, tensor), plan.method.linear
+    assert linear is not None  # the caller's business
+    for first, inputs in _blocks(plan, tensor, (start, stop), device, plan.method, thresholds):
+        yield first, *linear.terms(**inputs, **arguments)
+
+
+def _blocks(
+    plan: Plan,
+    tensor: PlannedTensor,
+    span: tuple[int, int],
+    device: torch.device,
+    method: Method,
+    thresholds: Thresholds,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield what an element-wise method is called with, besides its parameters, for one block after the other."""
+    start, stop = span
+    shared: dict[str, Any] = {}
+    if method.survey == "magnitude":
+        shared["thresholds"] = [thresholds[i, tensor.name] for i, _ in tensor.inputs]
+    if method.random:  # block by block they go on: what they draw does not depend on the block's size
+        shared["generators"] = [_generator(plan, tensor, plan.models[i].name, start) for i, _ in tensor.inputs]
+    sources = sources_of(plan, tensor)
     step = BLOCK if device.type == "cpu" else stop - start
     for first in range(start, stop, step):
-        last = min(first + step, stop)
-        block = read_block(plan, sources, (first, last)).to(device)
-        if len(sources) > len(tensor.inputs):
-            arguments["base"] = block[-1]
-        merged = method.function(models=block[: len(tensor.inputs)], **arguments)
-        result[first - start : last - start] = cast(plan, tensor, merged)
-    return result
+        block = read_block(plan, sources, (first, min(first + step, stop))).to(device)
+        models = len(tensor.inputs)
+        base = {"base": block[-1]} if len(sources) > models else {}
+        yield first - start, {"models": block[:models], **base, **shared}
 
 
 def sources_of(plan: Plan, tensor: PlannedTensor) -> list[tuple[Checkpoint, str]]:

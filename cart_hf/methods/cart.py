@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cart_hf.methods.average import average
+from cart_hf.methods.linear import Linear
 from cart_hf.methods.parameters import WEIGHT, Parameter
 from cart_hf.methods.registry import method
 
@@ -57,6 +58,21 @@ def centred_factors(
     return centre, factorize(models.sub_(centre), rank=rank, energy=energy, solver=solver)
 
 
+def centred(*, models: torch.Tensor, weight: Sequence[float], **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the centre and the centred task vectors, of tensors that are not decomposed.
+
+    With CART's own coefficients these cancel, and the centre is left; with learnt ones they do not.
+    """
+    centre = average(models=models, weight=weight)
+    return centre, models.sub_(centre)
+
+
+def coefficients(*, scale: float, weight: Sequence[float], **_: Any) -> list[float]:
+    """Return ``scale * w_t``, the weights scaled to mean 1."""
+    mean = sum(weight) / len(weight)
+    return [scale * (w / mean) for w in weight]
+
+
 def cart_of_factors(
     *, centre: torch.Tensor, factors: Factors, ranks: Sequence[int] | None, scale: float, weight: Sequence[float]
 ) -> torch.Tensor:
@@ -104,6 +120,7 @@ def cart_of_factors(
     needs_base=False,
     low_rank=True,
     of_factors=cart_of_factors,
+    linear=Linear(centred, coefficients),
 )
 def cart(
     *,

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cart_hf.methods.linear import Linear
 from cart_hf.methods.parameters import Parameter
 from cart_hf.methods.registry import method
 
 if TYPE_CHECKING:
     import torch
+
+
+def masked(
+    *, models: torch.Tensor, base: torch.Tensor, mask_threshold: Sequence[float], min_tasks: int, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the base and the masked task vectors, see :class:`cart_hf.methods.linear.Linear`."""
+    task_vectors = models.sub_(base)
+    mask = _votes(task_vectors, task_vectors.sum(dim=0), mask_threshold).ge_(min_tasks)
+    return base, task_vectors.mul_(mask)
+
+
+def coefficients(*, scale: float, mask_threshold: Sequence[float], **_: Any) -> list[float]:
+    """Return ``scale`` for each task."""
+    return [scale] * len(mask_threshold)
+
+
+def _votes(task_vectors: torch.Tensor, total: torch.Tensor, mask_threshold: Sequence[float]) -> torch.Tensor:
+    """Count the tasks that need each entry."""
+    votes = total.new_zeros(total.shape)  # masks are numbers: torch computes with them faster than with booleans
+    for task_vector, threshold in zip(task_vectors, mask_threshold, strict=True):
+        others = (total - task_vector).abs_().mul_(threshold)
+        votes.add_(task_vector.abs().gt_(others))
+    return votes
 
 
 @method(
@@ -29,6 +53,7 @@ if TYPE_CHECKING:
     summary="task arithmetic on the entries that several tasks need",
     equation="merged = base + scale * consensus_mask * sum_t (W_t - base)",
     citation="Wang et al., Localizing task information (arXiv 2405.07813)",
+    linear=Linear(masked, coefficients),
 )
 def consensus(
     *,
@@ -47,8 +72,5 @@ def consensus(
     """
     task_vectors = models.sub_(base)
     total = task_vectors.sum(dim=0)
-    votes = base.new_zeros(base.shape)  # masks are numbers: torch computes with them faster than with booleans
-    for task_vector, threshold in zip(task_vectors, mask_threshold, strict=True):
-        others = (total - task_vector).abs_().mul_(threshold)
-        votes.add_(task_vector.abs_().gt_(others))
+    votes = _votes(task_vectors, total, mask_threshold)
     return total.mul_(votes.ge_(min_tasks)).mul_(scale).add_(base)

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cart_hf.methods.linear import Linear
 from cart_hf.methods.parameters import WEIGHT, Parameter
 from cart_hf.methods.registry import method
-from cart_hf.methods.task_arithmetic import NORMALIZE, SCALE, add_task_vectors
+from cart_hf.methods.task_arithmetic import NORMALIZE, SCALE, add_task_vectors, coefficients
 
 if TYPE_CHECKING:
     import torch
+
+
+def thinned(
+    *,
+    models: torch.Tensor,
+    base: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    density: Sequence[float],
+    rescale: bool = True,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the base and the thinned task vectors, see :class:`cart_hf.methods.linear.Linear`."""
+    for task_vector, generator, keep in zip(models.sub_(base), generators, density, strict=True):
+        drawn = task_vector.new_empty(task_vector.shape, device="cpu").uniform_(generator=generator)
+        task_vector.mul_(drawn.lt_(keep).to(task_vector.device))  # a mask of 0.0 and 1.0
+        if rescale:
+            task_vector.mul_(1.0 / keep)
+    return base, models
 
 
 @method(
@@ -36,6 +55,7 @@ if TYPE_CHECKING:
     equation="merged = base + scale * sum_t w_t mask_t (W_t - base) / density",
     citation="Yu et al., Language models are super Mario (arXiv 2311.03099)",
     random=True,
+    linear=Linear(thinned, coefficients),
 )
 def dare(
     *,
@@ -57,9 +77,5 @@ def dare(
     :param base: shape (...).
     :param generators: T seeded CPU generators; the masks are drawn on the CPU so that every device gives the same.
     """
-    for task_vector, generator, keep in zip(models.sub_(base), generators, density, strict=True):
-        drawn = task_vector.new_empty(task_vector.shape, device="cpu").uniform_(generator=generator)
-        task_vector.mul_(drawn.lt_(keep).to(task_vector.device))  # a mask of 0.0 and 1.0
-        if rescale:
-            task_vector.mul_(1.0 / keep)
-    return add_task_vectors(models, base, scale, weight, normalize=normalize)
+    _, terms = thinned(models=models, base=base, generators=generators, density=density, rescale=rescale)
+    return add_task_vectors(terms, base, scale, weight, normalize=normalize)

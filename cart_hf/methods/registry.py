@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar
 
 from cart_hf.errors import UserError, did_you_mean
+from cart_hf.methods.linear import Linear
 from cart_hf.methods.parameters import Parameter
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Method:
     :param of_factors: the same rule from the factors of the centred matrices, where there is one: called with
         ``centre``, ``factors`` (:class:`cart_hf.linalg.low_rank.Factors`), ``ranks`` and the declared parameters, but
         not with ``solver``.
+    :param linear: its centre, terms and coefficients, where its result is linear in a coefficient for each model: what
+        coefficients that were learnt need.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Method:
     aliases: tuple[str, ...] = field(default=())
     title: str = ""
     of_factors: Merge | None = None
+    linear: Linear | None = None
 
     def parameter(self, name: str) -> Parameter | None:
         """Return the parameter called ``name`` (or having that alias), or None."""
@@ -90,6 +94,7 @@ def method(
     aliases: tuple[str, ...] = (),
     title: str = "",
     of_factors: Merge | None = None,
+    linear: Linear | None = None,
 ) -> Callable[[F], F]:
     """Register the decorated function as the merge method ``name``.
 
@@ -116,6 +121,7 @@ def method(
             aliases=aliases,
             title=title or name,
             of_factors=of_factors,
+            linear=linear,
         )
         return function
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cart_hf.methods.linear import Linear
 from cart_hf.methods.parameters import WEIGHT, Parameter
 from cart_hf.methods.registry import method
 
@@ -21,6 +22,17 @@ SCALE = Parameter(
 NORMALIZE = Parameter("normalize", False, "divide the weights by their sum", kind="boolean")
 
 
+def terms(*, models: torch.Tensor, base: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the base and the task vectors, see :class:`cart_hf.methods.linear.Linear`."""
+    return base, models.sub_(base)
+
+
+def coefficients(*, scale: float, weight: Sequence[float], normalize: bool = False, **_: Any) -> list[float]:
+    """Return ``scale * w_t``, divided by ``sum_t w_t`` when ``normalize``."""
+    factor = scale / sum(weight) if normalize else scale
+    return [factor * w for w in weight]
+
+
 @method(
     "task_arithmetic",
     title="task arithmetic",
@@ -28,6 +40,7 @@ NORMALIZE = Parameter("normalize", False, "divide the weights by their sum", kin
     summary="the base plus the scaled sum of the task vectors",
     equation="merged = base + scale * sum_t w_t (W_t - base)",
     citation="Ilharco et al., Editing models with task arithmetic (arXiv 2212.04089)",
+    linear=Linear(terms, coefficients),
 )
 def task_arithmetic(
     *,

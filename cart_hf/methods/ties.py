@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cart_hf.methods.linear import Linear
 from cart_hf.methods.parameters import WEIGHT, Parameter
 from cart_hf.methods.registry import method
 
@@ -12,6 +13,43 @@ if TYPE_CHECKING:
     import torch
 
 # Masks are numbers, 0.0 and 1.0: on a CPU torch computes with them several times faster than with booleans.
+
+
+def agreeing(
+    *,
+    models: torch.Tensor,
+    base: torch.Tensor,
+    thresholds: Sequence[float],
+    weight: Sequence[float],
+    normalize: bool = True,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the base and the trimmed task vectors where they agree (AdaMerging++'s), see :func:`ties`.
+
+    With ``normalize`` each entry is divided by the weight of all that agree, so that their sum is the disjoint mean.
+    """
+    sign = _trimmed_sign(models.sub_(base), thresholds, weight)
+    mass = base.new_zeros(base.shape)
+    for task_vector, w in zip(models, weight, strict=True):
+        mass.add_(task_vector.mul_(sign).clamp_(min=0.0).sign(), alpha=w)
+        task_vector.mul_(w)
+    if normalize:
+        models.div_(mass.add_(mass.eq(0.0)))
+    return base, models.mul_(sign)
+
+
+def coefficients(*, scale: float, weight: Sequence[float], **_: Any) -> list[float]:
+    """Return ``scale`` for each task."""
+    return [scale] * len(weight)
+
+
+def _trimmed_sign(task_vectors: torch.Tensor, thresholds: Sequence[float], weight: Sequence[float]) -> torch.Tensor:
+    """Trim the task vectors in place, and return the sign that is elected for each entry."""
+    elected, mask = (task_vectors.new_zeros(task_vectors.shape[1:]) for _ in range(2))
+    for task_vector, threshold, w in zip(task_vectors, thresholds, weight, strict=True):
+        task_vector.mul_(mask.copy_(task_vector).abs_().ge_(threshold))
+        elected.add_(task_vector, alpha=w)
+    return elected.ge_(0.0).mul_(2.0).sub_(1.0)
 
 
 @method(
@@ -43,6 +81,7 @@ if TYPE_CHECKING:
     equation="merged = base + scale * disjoint_mean(trim(W_t - base))",
     citation="Yadav et al., TIES-Merging (arXiv 2306.01708)",
     survey="magnitude",
+    linear=Linear(agreeing, coefficients),
 )
 def ties(
     *,
@@ -64,16 +103,12 @@ def ties(
     :param base: shape (...).
     :param thresholds: T magnitudes; over the whole model (the paper) or this tensor (``per_tensor``).
     """
-    elected, mask = base.new_zeros(base.shape), base.new_empty(base.shape)
-    for task_vector, threshold, w in zip(models.sub_(base), thresholds, weight, strict=True):
-        task_vector.mul_(mask.copy_(task_vector).abs_().ge_(threshold))
-        elected.add_(task_vector, alpha=w)
-    sign = elected.ge_(0.0).mul_(2.0).sub_(1.0)
+    sign = _trimmed_sign(models.sub_(base), thresholds, weight)
     total, mass = base.new_zeros(base.shape), base.new_zeros(base.shape)
     for task_vector, w in zip(models, weight, strict=True):
         agreeing = task_vector.mul_(sign).clamp_(min=0.0)  # the magnitude where the sign is the elected one
         total.add_(agreeing, alpha=w)
         mass.add_(agreeing.sign_(), alpha=w)
     if normalize:
-        total.div_(mass.add_(mask.copy_(mass).eq_(0.0)))
+        total.div_(mass.add_(mass.eq(0.0)))
     return total.mul_(sign).mul_(scale).add_(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,8 @@ from cart_hf.sources.download import sha256_in_cache
 
 MERGE_FILE, RECIPE_FILE, COMPRESS_FILE = "merge.json", "cart_hf.yaml", "compress.json"
 ADAPTERS_FOLDER = "adapters"
+ADAPTATION_FOLDER = "adaptation"  # what was learnt on unlabelled inputs, and from which
+COEFFICIENTS_FILE, INPUTS_FILE, CURVES_FILE = "coefficients.safetensors", "inputs.safetensors", "curves.csv"
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "scipy")
 
 
@@ -31,7 +34,10 @@ def resolved_recipe(plan: Plan) -> Recipe:
         for entry, checkpoint in zip(plan.recipe.models, plan.models, strict=True)
     )
     base = plan.base.pinned if plan.base is not None else None
-    return plan.recipe.model_copy(update={"models": models, "base_model": base})
+    update: dict[str, Any] = {"models": models, "base_model": base}
+    if plan.coefficients is not None:
+        update["coefficients"] = f"{ADAPTATION_FOLDER}/{COEFFICIENTS_FILE}"  # which the output has itself
+    return plan.recipe.model_copy(update=update)
 
 
 def record(
@@ -66,6 +72,7 @@ def record(
         "processes": processes.count,
         "factors_found": factors_found,
         "versions": versions(),
+        **({"adaptation": plan.coefficients.record} if plan.coefficients is not None else {}),
     }
 
 
@@ -150,3 +157,15 @@ def write_record(
     )
     (folder / MERGE_FILE).write_text(data + "\n", encoding="utf-8")
     (folder / RECIPE_FILE).write_text(resolved_recipe(plan).to_yaml(), encoding="utf-8")
+    if plan.coefficients is not None:
+        _keep_coefficients(folder / ADAPTATION_FOLDER, plan)
+
+
+def _keep_coefficients(folder: Path, plan: Plan) -> None:
+    """Keep the coefficients, and the list of the inputs that they were learnt on, beside the recipe that names them."""
+    assert plan.coefficients is not None and plan.recipe.coefficients is not None
+    folder.mkdir()
+    plan.coefficients.save(folder / COEFFICIENTS_FILE)
+    inputs = Path(plan.recipe.coefficients).with_name(INPUTS_FILE)
+    if inputs.is_file():
+        shutil.copyfile(inputs, folder / INPUTS_FILE)

@@ -16,7 +16,7 @@ from cart_hf.errors import UserError
 from cart_hf.output.record import identify, resolved_recipe, versions
 from cart_hf.plan import Plan, Shard
 
-_NOT_OF_THE_BYTES = ("evaluation", "benchmark", "compress")  # keys of a recipe
+_NOT_OF_THE_BYTES = ("evaluation", "benchmark", "compress", "adapt")  # keys of a recipe
 _ADVICE = "or leave out --resume to start afresh"
 
 
@@ -55,7 +55,8 @@ class State:
         files = [(shard.filename, hashlib.sha256(shard.header).hexdigest()) for shard in shards]
         # what an adapter adds: its settings say how much
         added = [(c.name, name, c.part(name).done) for c in plan.checkpoints if c.adapts for name in c.tensors]
-        text = json.dumps([plan.method.name, tensors, added, files], sort_keys=True, default=str)
+        learnt = plan.coefficients and plan.coefficients.digest
+        text = json.dumps([plan.method.name, tensors, added, files, learnt], sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()
         return cls(target.name, {**settings, **execution}, sources, digest)
 

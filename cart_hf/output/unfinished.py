@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +20,20 @@ _STATE_FILE, _LOCK_FILE = "state.json", "lock"
 
 
 @contextmanager
-def merge_folder(target: Path, state: State, *, overwrite: bool, resume: bool) -> Iterator[Path]:
+def merge_folder(
+    target: Path,
+    state: State,
+    *,
+    overwrite: bool,
+    resume: bool,
+    is_empty: Callable[[Path], bool] = is_empty,
+) -> Iterator[Path]:
     """Yield the folder that becomes ``target``; its parent is locked, and holds the journals of what was written.
 
     A new one, or with ``resume`` the one that a merge left which was killed. It stays when something was finished in it
     and the failure is not the user's. A success removes what others left.
 
+    :param is_empty: whether nothing worth keeping was finished in a work folder; default: no tensor.
     :raises UserError: when what was left cannot be continued with these settings or sources.
     """
 

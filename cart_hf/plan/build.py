@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from cart_hf.methods import Method, get_method
 from cart_hf.methods.registry import BUILT_IN
 from cart_hf.plan import checks
 from cart_hf.plan.align import Aligned, align, reference_architecture
+from cart_hf.plan.coefficients import Coefficients
 from cart_hf.plan.model import HeadTensor, Plan, PlannedTensor, Role
 from cart_hf.recipe import Recipe
 from cart_hf.recipe.settings import evaluate, matches_pattern
@@ -72,8 +74,13 @@ def make_plan(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoi
     checks.check_patterns(recipe, method, tensors, problems)
     checks.check_weights(method, tensors, problems)
     checks.check_low_rank(method, tensors, problems)
+    coefficients = Coefficients.load(Path(recipe.coefficients)) if recipe.coefficients is not None else None
+    if coefficients is not None:
+        problems += coefficients.problems(method.name, [m.name for m in models], [t.group or t.name for t in tensors])
     if problems:
         raise UserError(problems)
+    if coefficients is not None:
+        tensors = [_with_learnt_rank(tensor, coefficients) for tensor in tensors]
     heads = {
         aligned.checkpoint.name: tuple(HeadTensor(aligned.checkpoint.tensors[n].key, n) for n in aligned.head)
         for aligned in context.headed
@@ -87,7 +94,8 @@ def make_plan(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoi
         output_config=_output_config(base or models[0], reference, tensors),
         tensors=tuple(tensors),
         heads=heads,
-        warnings=tuple(checks.warnings_for(method, base, models, heads, tensors)),
+        warnings=tuple(checks.warnings_for(recipe, method, base, models, heads, tensors)),
+        coefficients=coefficients,
     )
 
 
@@ -215,6 +223,12 @@ def _with_rank(tensor: PlannedTensor) -> PlannedTensor:
     if given.get("rank") is not None:
         return replace(tensor, rank=min(given["rank"], smaller))
     return replace(tensor, rank=max(1, int(given.get("rank_ratio", 1.0) * smaller)))
+
+
+def _with_learnt_rank(tensor: PlannedTensor, coefficients: Coefficients) -> PlannedTensor:
+    """Settle the rank of a matrix of which some directions were chosen: as many as there were to choose from."""
+    mask = coefficients.masks.get(tensor.group or tensor.name)
+    return tensor if mask is None else replace(tensor, rank=mask.shape[1], energy=None)
 
 
 def _fuse_qkv(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:

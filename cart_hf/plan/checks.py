@@ -140,6 +140,7 @@ def check_weights(method: Method, tensors: Sequence[PlannedTensor], problems: li
 
 
 def warnings_for(
+    recipe: Recipe,
     method: Method,
     base: Checkpoint | None,
     models: Sequence[Checkpoint],
@@ -148,7 +149,7 @@ def warnings_for(
 ) -> list[str]:
     """Return what the user should know although the merge is possible."""
     warnings = []
-    if method.name == "cart" and len(models) == 2:
+    if method.name == "cart" and len(models) == 2 and recipe.coefficients is None:
         warnings.append(TWO_MODELS)
     stored = {models[i].tensors[name].stored for tensor in tensors for i, name in tensor.inputs}
     types = sorted({s.dtype for s in stored if DTYPES[s.dtype].is_floating_point})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cart_hf.methods import Method
+from cart_hf.plan.coefficients import Coefficients, Learnt, as_float32
 from cart_hf.recipe import Recipe
 from cart_hf.sources import Checkpoint, element_size
 
@@ -103,6 +104,7 @@ class Plan:
     :param tensors: the merged model's tensors.
     :param heads: the head tensors of each model that has any, by task name.
     :param warnings: what the user should know.
+    :param coefficients: those that were learnt, if the recipe names any.
     """
 
     recipe: Recipe
@@ -114,6 +116,7 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     heads: Mapping[str, tuple[HeadTensor, ...]]
     warnings: tuple[str, ...]
+    coefficients: Coefficients | None = None
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -143,6 +146,24 @@ class Plan:
         for tensor in self.tensors:
             groups.setdefault(tensor.group or tensor.name, []).append(tensor)
         return (Group(tuple(tensors)) for tensors in groups.values())
+
+    def own_coefficients(self, group: Group) -> list[float] | None:
+        """Return what the method multiplies each model's term with; None where it has no such terms."""
+        first, linear = group.tensors[0], self.method.linear
+        averaged = first.role == "average" and self.method.low_rank  # its terms cancel, unless others are learnt
+        if linear is None or not (averaged or first.role in ("low_rank", "elementwise")):
+            return None
+        return linear.coefficients(**first.parameters)
+
+    def learnt(self, group: Group) -> Learnt | None:
+        """Return what was learnt for a tensor (or fused group); None where that is what the method does by itself."""
+        own = self.own_coefficients(group) if self.coefficients is not None else None
+        if self.coefficients is None or own is None:
+            return None
+        found = self.coefficients.of(group.name, tuple(self.models[i].name for i, _ in group.tensors[0].inputs))
+        if found is None or (found.mask is None and found.values == as_float32(own)):
+            return None
+        return found
 
     @property
     def arithmetic(self) -> Literal["float32", "float64"]:

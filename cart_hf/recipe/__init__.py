@@ -1,5 +1,6 @@
 """What to do, declared: the recipe schema, read from YAML or from flags."""
 
+from cart_hf.recipe.adaptation import Adaptation
 from cart_hf.recipe.benchmark import Benchmark, Selection, Trial
 from cart_hf.recipe.compression import Compression
 from cart_hf.recipe.evaluation import Evaluation
@@ -8,6 +9,7 @@ from cart_hf.recipe.reference import Reference
 from cart_hf.recipe.schema import ModelEntry, Recipe
 
 __all__ = [
+    "Adaptation",
     "Benchmark",
     "Compression",
     "Evaluation",

@@ -7,11 +7,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cart_hf.recipe.adaptation import Adaptation
 from cart_hf.recipe.compression import RANKS, AdapterType, Compression, Restore, Solver
 from cart_hf.recipe.sizes import parse_size
 
 INDEXING = "CART-Indexing"
 """What people call one centre with an adapter for each task."""
+
+ADAPTED = " + adaptation"
+"""What the name of a row ends with whose coefficients are learnt."""
 
 _DECIDES = (*RANKS, "budget")
 _RANK_RATIOS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
@@ -21,10 +25,11 @@ class Trial(BaseModel):
     """One row of the table: a method, and the settings it may choose from.
 
     :param method: a registered method.
-    :param name: the row's name; default: the method's.
+    :param name: the row's name; default: the method's (``cart + adaptation`` where its coefficients are learnt).
     :param parameters: settings that stay.
     :param grid: for each further parameter the values to try, every combination of them; the best on the selection
         split is scored.
+    :param adapt: how the coefficients of the scored merge are learnt on unlabelled inputs, if they are.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,13 +38,17 @@ class Trial(BaseModel):
     name: str
     parameters: dict[str, Any] = Field(default_factory=dict)
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    adapt: Adaptation | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _read(cls, data: Any) -> Any:
         if isinstance(data, str):
             data = {"method": data}
-        return {**data, "name": data.get("name") or data.get("method")} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        usual = f"{data.get('method')}{ADAPTED if data.get('adapt') is not None else ''}"
+        return {**data, "name": data.get("name") or usual}
 
     @model_validator(mode="after")
     def _values_to_try(self) -> Trial:

@@ -20,6 +20,7 @@ class Evaluation(BaseModel):
     :param split: the split to score; default: each task's own.
     :param limit: at most so many examples of each task, spread evenly over the split.
     :param stream: read the first ``limit`` rows of a Hub dataset over the network instead of downloading all of it.
+    :param unseen_by: score only the inputs that this adapted model (``cart-hf adapt``) was not adapted on.
     :param heads: the head that answers a task, where it is called differently.
     :param label_mapping: ``name`` matches label names, ``index`` trusts their order; default: as the task says.
     :param batch_size: examples at a time, in each process.
@@ -35,6 +36,7 @@ class Evaluation(BaseModel):
     split: str | None = None
     limit: int | None = Field(default=None, gt=0)
     stream: bool = False
+    unseen_by: str | None = None
     heads: dict[str, str] = Field(default_factory=dict)
     label_mapping: Literal["name", "index"] | None = None
     batch_size: int = Field(default=64, gt=0)

@@ -10,8 +10,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cart_hf.errors import UserError
-from cart_hf.methods import Method, get_method
+from cart_hf.methods import Method, all_methods, get_method
 from cart_hf.recipe import validation
+from cart_hf.recipe.adaptation import Adaptation
 from cart_hf.recipe.benchmark import Benchmark, Selection, Sweep, Trial
 from cart_hf.recipe.compression import Compression
 from cart_hf.recipe.evaluation import Evaluation
@@ -70,6 +71,8 @@ class Recipe(BaseModel):
     :param evaluation: what the merged model is measured on.
     :param benchmark: which methods `cart-hf benchmark` compares.
     :param compress: how `cart-hf compress` makes adapters.
+    :param adapt: how `cart-hf adapt` learns coefficients.
+    :param coefficients: file of coefficients that `cart-hf adapt` has learnt; beside the recipe, when it is relative.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -88,6 +91,8 @@ class Recipe(BaseModel):
     evaluation: Evaluation | None = None
     benchmark: Benchmark | None = None
     compress: Compression | None = None
+    adapt: Adaptation | None = None
+    coefficients: str | None = None
 
     @field_validator("base_model", mode="before")
     @classmethod
@@ -133,6 +138,8 @@ class Recipe(BaseModel):
         :raises UserError: with every problem found, when the file or anything in it is wrong.
         """
         data = read_mapping(path, "recipe", "a recipe is a mapping with merge_method, base_model and models")
+        if isinstance(data.get("coefficients"), str):
+            data["coefficients"] = str(Path(path).parent / data["coefficients"])
         try:
             return cls.from_mapping(data, fewest=fewest)
         except UserError as failure:
@@ -162,6 +169,7 @@ class Recipe(BaseModel):
         if recipe is not None and not problems:
             recipe._check_benchmark(problems)
             recipe._check_compress(problems)
+            recipe._check_adapt(problems)
         if problems or recipe is None:
             raise UserError(problems)
         return recipe
@@ -195,9 +203,10 @@ class Recipe(BaseModel):
             }
         )
 
-    def variant(self, method: str, parameters: Mapping[str, Any]) -> Recipe:
+    def variant(self, method: str, parameters: Mapping[str, Any], adapt: Adaptation | None = None) -> Recipe:
         """Return the recipe with another method; of the models' own parameters only what it knows stays.
 
+        :param adapt: how its coefficients are learnt, if they are.
         :raises UserError: when the method or a parameter does not exist.
         """
         known = get_method(method)
@@ -212,7 +221,7 @@ class Recipe(BaseModel):
         ]
         shared = {name: getattr(self, name) for name in Recipe.model_fields if name not in _OF_THE_METHOD}
         return Recipe.from_mapping(
-            {**shared, "merge_method": method, "models": models, "parameters": dict(parameters)},
+            {**shared, "merge_method": method, "models": models, "parameters": dict(parameters), "adapt": adapt},
             fewest=min(2, len(models)),
         )
 
@@ -221,7 +230,7 @@ class Recipe(BaseModel):
             found: dict[str, None] = {}
             for point in trial.points:
                 try:
-                    self.variant(trial.method, point)
+                    self.variant(trial.method, point, trial.adapt)
                 except UserError as failure:
                     found |= dict.fromkeys(failure.problems)
             problems.extend(f"benchmark, row '{trial.name}': {problem}" for problem in found)
@@ -235,6 +244,15 @@ class Recipe(BaseModel):
                 problem = validation.parameter_problem(get_method("cart"), name, value)
                 if problem:
                     problems.append(f"{place}.{name}: {problem}")
+
+    def _check_adapt(self, problems: list[str]) -> None:
+        method = get_method(self.merge_method)
+        asked = [key for key in ("adapt", "coefficients") if getattr(self, key) is not None]
+        if asked and method.linear is None:
+            linear = [name for name, known in all_methods().items() if known.linear is not None]
+            problems.append(f"{asked[0]}: {method.name} has no coefficients to learn; {', '.join(linear)} have")
+        elif self.adapt is not None and self.adapt.mask_ratio is not None and method.of_factors is None:
+            problems.append(f"adapt.mask_ratio: {method.name} has no singular directions; it is for cart")
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML that :meth:`load` reads back to the same recipe."""
@@ -256,11 +274,12 @@ class Recipe(BaseModel):
             "exclude",
             "seed",
             "max_shard_size",
+            "coefficients",
         ):
             value = getattr(self, key)
             if key == "dtype" or (value not in (None, (), {}) and value != defaults[key].default):
                 data[key] = list(value) if isinstance(value, tuple) else value
-        for key in ("evaluation", "benchmark", "compress"):
+        for key in ("evaluation", "benchmark", "compress", "adapt"):
             part = getattr(self, key)
             if part is not None:
                 data[key] = part.model_dump(mode="json", exclude_defaults=True)
@@ -275,11 +294,13 @@ def _keys_at(place: tuple[int | str, ...]) -> Iterable[str]:
         ("evaluation",): Evaluation,
         ("benchmark",): Benchmark,
         ("compress",): Compression,
+        ("adapt",): Adaptation,
         ("benchmark", "methods"): Trial,
+        ("benchmark", "methods", "adapt"): Adaptation,
         ("benchmark", "compress"): Sweep,
     }
     parts = tuple(part for part in place[:-1] if isinstance(part, str))
     return (ModelEntry if parts == ("models",) else inner.get(parts, Selection)).model_fields
 
 
-_OF_THE_METHOD = ("merge_method", "models", "parameters", "benchmark", "compress")
+_OF_THE_METHOD = ("merge_method", "models", "parameters", "benchmark", "compress", "adapt", "coefficients")

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cart_hf.errors import UserError, did_you_mean
+from cart_hf.recipe import Evaluation, Recipe
 from cart_hf.recipe.reading import read_mapping
 from cart_hf.tasks.task import DatasetSource, Submission, Task
 
@@ -78,6 +79,20 @@ def known_among(names: Iterable[str], tasks_file: str | Path | None = None) -> l
     """Return those of ``names`` that are tasks."""
     own = _tasks_of(Path(tasks_file)) if tasks_file is not None else {}
     return [name for name in names if name in own or name in _declared()]
+
+
+def evaluation_of(recipe: Recipe) -> Evaluation:
+    """Return what a recipe is measured on; where it names no tasks, on those that its models are called after.
+
+    :raises UserError: when no model is called like a task.
+    """
+    declared = recipe.evaluation or Evaluation()
+    if declared.suite or declared.tasks:
+        return declared
+    names = known_among([entry.name for entry in recipe.models], declared.tasks_file)
+    if not names:
+        raise UserError("evaluation: name a suite or tasks (none of the models is called like a task)")
+    return declared.model_copy(update={"tasks": tuple(names)})
 
 
 def _unknown(name: str, own: Mapping[str, Task]) -> str:
