@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from cart_hf.errors import UserError
+from cart_hf.cli.options import task_heads
 
 if TYPE_CHECKING:
     from cart_hf.evaluation.results import Results
@@ -39,6 +39,7 @@ def evaluate(
     split: Annotated[str | None, Parameter(group=DATA)] = None,
     limit: Annotated[int | None, Parameter(group=DATA, validator=Number(gte=1))] = None,
     stream: Annotated[bool, Parameter(group=DATA, negative=())] = False,
+    unseen_by: Annotated[str | None, Parameter(group=DATA)] = None,
     base: Annotated[str | None, Parameter(group=MODEL)] = None,
     normalize: Annotated[bool, Parameter(group=MODEL, negative=())] = False,
     batch_size: Annotated[int, Parameter(group=EXECUTION, validator=Number(gte=1))] = 64,
@@ -65,6 +66,7 @@ def evaluate(
     cart-hf evaluate textattack/roberta-base-SST-2 --tasks sst2 --label-mapping index
     cart-hf evaluate merged --tasks-file mine.yaml --data ./data --limit 500
     cart-hf evaluate merged --suite glue --num-processes 2 --output results.json --resume
+    cart-hf evaluate adapted --unseen-by adapted
     cart-hf evaluate merged --submission glue.zip
     ```
 
@@ -90,6 +92,8 @@ def evaluate(
         At most so many examples of each task, spread evenly.
     stream:
         Read the first `--limit` rows over the network instead of downloading the whole dataset.
+    unseen_by:
+        An adapted model, a folder or a Hub id: score only the inputs that it was not adapted on.
     base:
         The pretrained model: lends a vision tower its text tower; default: what the merge was made of.
     normalize:
@@ -117,12 +121,13 @@ def evaluate(
         "suite": suite,
         "tasks": tuple(tasks) if tasks else None,
         "tasks_file": str(tasks_file) if tasks_file else None,
-        "heads": _pairs(heads or []) or None,
+        "heads": task_heads(heads or []) or None,
         "label_mapping": label_mapping,
         "data": str(data) if data else None,
         "split": split,
         "limit": limit,
         "stream": stream or None,
+        "unseen_by": unseen_by,
         "batch_size": batch_size,
         "dtype": dtype,
         "base": base,
@@ -173,7 +178,7 @@ def finish(results: Results, format: Format, submission: Path | None) -> None:
 def _print(results: Results, format: Format) -> None:
     from cart_hf import tables
     from cart_hf.cli.console import out, print_table
-    from cart_hf.evaluation.report import as_table, conventions
+    from cart_hf.evaluation.report import as_table, conventions, transductive
 
     table = as_table(results)
     if format == "json":
@@ -181,9 +186,9 @@ def _print(results: Results, format: Format) -> None:
     elif format == "human":
         if results.tasks:
             print_table(table)
-            note = conventions(results)
-            if note is not None:
-                out.print(note)
+            for note in (conventions(results), transductive(results)):
+                if note is not None:
+                    out.print(note)
     else:
         write = {"markdown": tables.markdown, "latex": tables.latex, "csv": tables.comma_separated}[format]
         print(write(table), end="")  # noqa: T201
@@ -213,11 +218,3 @@ def _tell_submission(path: Path) -> None:
     missing = missing_files(path)
     if missing:
         warn(f"{path}: the leaderboard also wants {', '.join(missing)}")
-
-
-def _pairs(words: list[str]) -> dict[str, str]:
-    pairs = dict(word.partition("=")[::2] for word in words)
-    wrong = [task for task, head in pairs.items() if not task or not head]
-    if wrong:
-        raise UserError(f"--heads {wrong[0]}: expected TASK=HEAD")
-    return pairs

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
@@ -61,3 +61,38 @@ def push_made(output: Path, repo: str | None, *, private: bool | None, format: s
         from cart_hf.cli.push import push_merged, show
 
         show(push_merged(output, repo, private=private), silent=format == "json")
+
+
+def key_values(words: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's parameters with those of ``--set KEY=VALUE``, values as YAML reads them.
+
+    :param parameters: those that have flags of their own; None where they are not given.
+    :raises UserError: for a word without ``=``, and a parameter that is given twice.
+    """
+    import yaml
+
+    given = dict(parameters)
+    for word in words:
+        key, equals, text = word.partition("=")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as failure:
+            raise UserError(f"--set {word}: the value is not valid YAML") from failure
+        if not equals or not key or value is None:
+            raise UserError(f"--set {word}: expected KEY=VALUE")
+        if given.get(key) is not None:
+            raise UserError(f"--set {key}: given twice; keep one")
+        given[key] = value
+    return given
+
+
+def task_heads(words: Sequence[str]) -> dict[str, str]:
+    """Read ``--heads TASK=HEAD``.
+
+    :raises UserError: for a word without one of the two.
+    """
+    pairs = dict(word.partition("=")[::2] for word in words)
+    wrong = [task for task, head in pairs.items() if not task or not head]
+    if wrong:
+        raise UserError(f"--heads {wrong[0]}: expected TASK=HEAD")
+    return pairs

@@ -15,7 +15,7 @@ from cart_hf.evaluation.run import Outcome, reader, run_tasks
 from cart_hf.evaluation.submission import GLUE_SUITE, Submission
 from cart_hf.parallel import Progress
 from cart_hf.processes import Processes, join
-from cart_hf.recipe import Evaluation
+from cart_hf.recipe import Evaluation, Reference
 from cart_hf.serving.multitask import MultiTaskModel
 from cart_hf.tasks import Task, find_tasks, known_among
 
@@ -64,6 +64,7 @@ def evaluate(
     evaluation = _as_merged(evaluation, located, for_submission=sheets is not None)
     tasks = _tasks(evaluation, located, for_submission=sheets is not None)
     _check(evaluation, tasks, located, normalize=normalize, for_submission=sheets is not None)
+    read = reader(evaluation, labelled=sheets is None)
     results = Results(
         str(located.reference),
         located.commit,
@@ -105,7 +106,7 @@ def evaluate(
         processes=processes,
         report=report,
         known=known,
-        read=reader(evaluation, labelled=sheets is None),
+        read=read,
         progress=progress,
     )
     if sheets is not None and processes.is_main:
@@ -183,6 +184,8 @@ def _check(
         raise UserError(f"--normalize: {located.reference} is not a merge (no cart_hf.yaml names its models)")
     if for_submission and evaluation.limit is not None:
         raise UserError("--submission: the leaderboard wants every example; leave --limit out")
+    if for_submission and evaluation.unseen_by is not None:
+        raise UserError("--submission: the leaderboard wants every example; leave --unseen-by out")
     others = [task.name for task in tasks if task.submission is None]
     if for_submission and others:
         raise UserError(f"--submission: task '{others[0]}' is not on the GLUE leaderboard")
@@ -216,8 +219,15 @@ def _environment(processes: Processes, evaluation: Evaluation) -> dict[str, Any]
         "dtype": evaluation.dtype,
         "batch_size": evaluation.batch_size,
         "limit": evaluation.limit,
+        **({"unseen_by": _named(evaluation.unseen_by)} if evaluation.unseen_by is not None else {}),
         "versions": versions(),
     }
+
+
+def _named(model: str) -> str:
+    """Return the name of a model's folder without its path, which says something of the machine, or its Hub id."""
+    reference = Reference.parse(model)
+    return Path(reference.path).resolve().name if reference.is_local else str(reference)
 
 
 def _in_order(found: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:

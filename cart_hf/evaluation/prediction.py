@@ -55,8 +55,8 @@ def predict(
         found: list[tuple[list[int], dict[str, np.ndarray]]] = []
         broken: dict[int, str] = {}
         for batch in batches(data, mine, model.preprocess, workers=workers):
-            with _autocast(processes.device, dtype):
-                logits = model.logits(heads, _on(processes.device, batch))
+            with autocast(processes.device, dtype):
+                logits = model.logits(heads, on_device(processes.device, batch))
             found.append((batch.rows, {head: logits[head].float().cpu().numpy() for head in heads}))
             broken |= batch.broken
             if progress is not None:
@@ -73,9 +73,11 @@ def predict(
     return Predictions(logits, {row: why for _, share in shares for row, why in sorted(share.items())})
 
 
-def _on(device: torch.device, batch: Batch) -> dict[str, torch.Tensor]:
+def on_device(device: torch.device, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return a batch's inputs on the device."""
     return {name: tensor.to(device) for name, tensor in batch.inputs.items()}
 
 
-def _autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+    """Return the context in which a model computes in a half type, or in which nothing changes."""
     return torch.autocast(device.type, HALF_TYPES[dtype]) if dtype in HALF_TYPES else nullcontext()

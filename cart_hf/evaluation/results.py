@@ -10,6 +10,8 @@ from typing import Any
 
 from cart_hf.errors import UserError
 
+_MAY_BE_EMPTY = ("broken_images", "settings", "adapted_on")
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -22,6 +24,7 @@ class TaskResult:
     :param seconds: wall time, reading the data included.
     :param broken_images: rows whose image could not be decoded, with the reason; they count as wrong answers.
     :param settings: what a run must have in common with this one to take its result over.
+    :param adapted_on: how many of the examples the model was adapted on, without their labels.
     """
 
     metrics: Mapping[str, float]
@@ -31,6 +34,7 @@ class TaskResult:
     seconds: float
     broken_images: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    adapted_on: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,4 +127,4 @@ class Results:
 
 
 def _without_empty(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if value != {} or key == "metrics"}
+    return {key: value for key, value in result.items() if value not in ({}, 0) or key not in _MAY_BE_EMPTY}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cart_hf.errors import UserError
+from cart_hf.evaluation.adapted import adapted_inputs, inputs_of, unseen
 from cart_hf.evaluation.heads import check_modality, head_of, logit_order
 from cart_hf.evaluation.model import Located, Model, load
 from cart_hf.evaluation.prediction import predict
@@ -43,18 +45,23 @@ class Outcome:
     predictions: np.ndarray | None = None
 
 
+Found = TypeVar("Found")
 Report = Callable[[str, Outcome], None]
 Reader = Callable[[Task], TaskData]
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """A task with its data and the head, or the adapter, that answers it."""
+    """A task with its data and the head, or the adapter, that answers it.
+
+    :param adapted_on: how many of the examples the model was adapted on.
+    """
 
     task: Task
     head: str
     data: TaskData
     settings: Mapping[str, Any]
+    adapted_on: int
 
 
 def run_tasks(
@@ -83,19 +90,21 @@ def run_tasks(
             heads[task.name] = head_of(task, located, evaluation.heads)
     model: Model | None = None
     identity = _identity(located, base, processes) if heads else ""
+    adapted = _everywhere(processes, lambda: adapted_inputs(located)) if heads else None
     for group in _groups([task for task in tasks if task.name in heads], evaluation):
         started = time.perf_counter()
         ready = []
         for task in group:
             with _reporting(task, report):
-                data = _read_everywhere(processes, read, task)
+                data = _everywhere(processes, partial(read, task))
                 # the first process decides for all: caches on other machines may differ from its own
-                settings = processes.gather(_settings(identity, task, data, evaluation))[0]
+                settings = processes.gather(_settings(identity, task, data, evaluation, adapted))[0]
                 earlier = processes.gather(known(task, settings) if processes.is_main else None)[0]
                 if earlier is not None:
                     report(task.name, Outcome(earlier))
                 else:
-                    ready.append(_Ready(task, heads[task.name], data, settings))
+                    seen = 0 if adapted is None else int(np.isin(data.input_hashes(), adapted).sum())
+                    ready.append(_Ready(task, heads[task.name], data, settings, seen))
         if not ready:
             continue
         if model is None:
@@ -103,10 +112,10 @@ def run_tasks(
         _run_group(model, ready, evaluation, processes, report, progress, started)
 
 
-def _read_everywhere(processes: Processes, read: Reader, task: Task) -> TaskData:
-    """Return a task's examples in every process, or raise in all of them."""
-    own: list[TaskData] = []
-    processes.together(lambda: own.append(read(task)))
+def _everywhere(processes: Processes, read: Callable[[], Found]) -> Found:
+    """Return in every process what is read there, or raise in all of them."""
+    own: list[Found] = []
+    processes.together(lambda: own.append(read()))
     return own[0]
 
 
@@ -153,7 +162,11 @@ def _run_group(
             predictions = predicted(ready.data, logits, orders[ready.task.name], found.broken)
             result = None
             if ready.data.labels is not None:
-                result = replace(scored(ready.data, predictions, found.broken, seconds), settings=dict(ready.settings))
+                result = replace(
+                    scored(ready.data, predictions, found.broken, seconds),
+                    settings=dict(ready.settings),
+                    adapted_on=ready.adapted_on,
+                )
             report(ready.task.name, Outcome(result, None, ready.data, predictions))
 
 
@@ -178,15 +191,25 @@ def reader(evaluation: Evaluation, *, labelled: bool = True) -> Reader:
     """Return what reads a task's examples.
 
     :param labelled: whether examples without labels are refused.
+    :raises UserError: when the inputs that are to be left out are not known.
     """
-    return partial(
-        load_split,
-        split=evaluation.split,
-        data=evaluation.data,
-        limit=evaluation.limit,
-        stream=evaluation.stream,
-        labelled=labelled,
-    )
+    if evaluation.unseen_by is not None and evaluation.stream:
+        raise UserError("--unseen-by: --stream reads the first rows only, often those adapted on; leave it out")
+    inputs = inputs_of(evaluation.unseen_by) if evaluation.unseen_by is not None else None
+
+    def read(task: Task) -> TaskData:
+        where = f"task '{task.name}', split '{evaluation.split or task.split}'"
+        return load_split(
+            task,
+            evaluation.split,
+            data=evaluation.data,
+            limit=evaluation.limit,
+            stream=evaluation.stream,
+            labelled=labelled,
+            keep=unseen(inputs, where) if inputs is not None else None,
+        )
+
+    return read
 
 
 def _groups(tasks: Sequence[Task], evaluation: Evaluation) -> list[list[Task]]:
@@ -215,8 +238,11 @@ def _identity(located: Located, base: str | None, processes: Processes) -> str:
     return processes.gather(f"{name} {base}" if located.kind == "clip_vision" else name)[0]
 
 
-def _settings(identity: str, task: Task, data: TaskData, evaluation: Evaluation) -> dict[str, Any]:
+def _settings(
+    identity: str, task: Task, data: TaskData, evaluation: Evaluation, adapted: np.ndarray | None
+) -> dict[str, Any]:
     """Return what two runs must have in common to have the same result."""
+    known = {} if adapted is None else {"adapted": hashlib.sha256(adapted.tobytes()).hexdigest()[:16]}
     return {
         "model": identity,
         "task": task.digest,
@@ -227,6 +253,7 @@ def _settings(identity: str, task: Task, data: TaskData, evaluation: Evaluation)
         "dtype": evaluation.dtype,
         "label_mapping": evaluation.label_mapping or task.label_mapping,
         "head": evaluation.heads.get(task.name, task.head),
+        **known,
     }
 
 

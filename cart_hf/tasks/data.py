@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,11 @@ from cart_hf.errors import UserError, did_you_mean, shorten
 from cart_hf.tasks.labels import contradict, plain, positions
 from cart_hf.tasks.source import rows_of
 from cart_hf.tasks.task import IMAGE, REGRESSION, Task
+
+Keep = Callable[[np.ndarray], np.ndarray]
+"""Takes the hashes of all inputs of a split, returns which of them are wanted: bool, of the same shape."""
+
+_HASH_BYTES, _ROWS_AT_A_TIME = 8, 64
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,16 @@ class TaskData:
 
         from PIL import Image
 
-        stored = self.rows[index][self.task.image] or {}
-        encoded = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored.get("path")
-        if encoded is None:
-            raise OSError("no image")
-        with Image.open(encoded) as image:
+        stored = _encoded(self.rows[index][self.task.image])
+        with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
             return image.convert("RGB")
+
+    def input_hashes(self) -> np.ndarray:
+        """Return a hash of each input: the same for the same texts or image file, whatever its row, file or label.
+
+        :return: int64, shape (examples,).
+        """
+        return _input_hashes(self.task, self.rows)
 
     @property
     def fingerprint(self) -> str:
@@ -75,6 +84,7 @@ def load_split(
     limit: int | None = None,
     stream: bool = False,
     labelled: bool = True,
+    keep: Keep | None = None,
 ) -> TaskData:
     """Read one split of a task.
 
@@ -84,6 +94,7 @@ def load_split(
     :param limit: at most so many examples, spread evenly over the split, which is often ordered by class.
     :param stream: read the first ``limit`` rows of a Hub dataset over the network instead of all of it.
     :param labelled: refuse hidden labels.
+    :param keep: which inputs to read, by their hashes (:meth:`TaskData.input_hashes`); ``limit`` spreads over these.
     :raises UserError: when the split, a column or a label is missing or wrong.
     """
     split = split or task.split
@@ -96,13 +107,16 @@ def load_split(
     if len(rows) == 0:
         raise UserError(f"{where}: split '{split}' of {source} is empty")
     whole = rows = _declared_columns(task, rows)
-    if limit is not None and limit < len(rows):
-        rows = rows.select([i * len(rows) // limit for i in range(limit)])
     for column in task.text or (task.image,):
         _check_column(column, rows, where, source)
     if task.kind == IMAGE:
         rows = _keep_encoded(task, rows, where)
-    else:
+    if keep is not None:  # what has no text has no hash: all of the split is checked
+        _check_texts(task, rows, where)
+        rows = _kept(task, rows, keep, f"{where}: none of the {len(rows)} examples of split '{split}' of {source}")
+    if limit is not None and limit < len(rows):
+        rows = rows.select([i * len(rows) // limit for i in range(limit)])
+    if keep is None:
         _check_texts(task, rows, where)
     labels, names = _labels(task, rows, whole, where, source, needed=labelled)
     if labels is None and labelled:
@@ -111,6 +125,54 @@ def load_split(
             "or write the predictions for the leaderboard (--submission FILE.zip)"
         )
     return TaskData(task, split, rows, labels, names, source)
+
+
+def _kept(task: Task, rows: Any, keep: Keep, none_of_them: str) -> Any:
+    wanted = np.flatnonzero(keep(_input_hashes(task, rows)))
+    if len(wanted) == 0:
+        raise UserError(f"{none_of_them} is left to read")
+    return rows if len(wanted) == len(rows) else rows.select(wanted.tolist())
+
+
+def _input_hashes(task: Task, rows: Any) -> np.ndarray:
+    """Return int64 hashes of inputs, shape (rows,); images are neither decoded nor held all at a time."""
+    columns = list(task.text or (task.image,))
+    batches = rows.select_columns(columns).iter(_ROWS_AT_A_TIME)
+    parts = _images_of(batches, task.image) if task.kind == IMAGE else _texts_of(batches, columns)
+    digests = (hashlib.blake2b(part, digest_size=_HASH_BYTES).digest() for part in parts)
+    return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
+
+
+def _texts_of(batches: Iterator[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[bytes]:
+    """Yield each row's texts as bytes, each text after its length: ``a, bc`` is not ``ab, c``."""
+    for batch in batches:
+        for texts in zip(*(batch[column] for column in columns), strict=True):
+            encoded = [text.encode() for text in texts]
+            yield b"".join(len(text).to_bytes(8, "little") + text for text in encoded)
+
+
+def _images_of(batches: Iterator[Mapping[str, Any]], column: str) -> Iterator[bytes]:
+    """Yield each row's image file; one that is not there is empty."""
+    for batch in batches:
+        for stored in batch[column]:
+            try:
+                file = _encoded(stored)
+                yield file if isinstance(file, bytes) else file.read_bytes()
+            except OSError:
+                yield b""
+
+
+def _encoded(stored: Mapping[str, Any] | None) -> bytes | Path:
+    """Return an image file: what it holds, or where it is.
+
+    :raises OSError: when there is none.
+    """
+    stored = stored or {}
+    if stored.get("bytes"):
+        return bytes(stored["bytes"])
+    if stored.get("path") is None:
+        raise OSError("no image")
+    return Path(stored["path"])
 
 
 def _declared_columns(task: Task, rows: Any) -> Any:
@@ -156,6 +218,8 @@ def _labels(
     _check_column(task.label, rows, where, source)
     values = list(rows[task.label])
     missing = next((row for row, value in enumerate(values) if value is None or value != value), None)
+    if missing is not None and not needed:
+        return None, declared or tuple(getattr(rows.features[task.label], "names", None) or ())
     if missing is not None:
         raise UserError(f"{where}: row {missing} has no label in column '{task.label}'")
     if task.kind == REGRESSION:
