@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cart_hf.serving.multitask import MultiTaskModel
 
 __all__ = [
+    "Adapted",
     "BenchmarkResult",
     "Compressed",
     "Evaluation",
@@ -29,6 +30,7 @@ __all__ = [
     "Results",
     "UserError",
     "__version__",
+    "adapt",
     "benchmark",
     "compress",
     "evaluate",
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "adapt": "cart_hf.adaptation",
+    "Adapted": "cart_hf.adaptation",
     "benchmark": "cart_hf.benchmarking.run",
     "BenchmarkResult": "cart_hf.benchmarking.run",
     "compress": "cart_hf.compression",

@@ -11,6 +11,7 @@ import cyclopts
 from cart_hf import __version__, slurm
 
 # The verbs' modules import torch and transformers inside their functions: `--help` must not wait for them.
+from cart_hf.cli.adapt import adapt
 from cart_hf.cli.benchmark import benchmark
 from cart_hf.cli.compress import compress
 from cart_hf.cli.convert import convert
@@ -31,7 +32,7 @@ app = cyclopts.App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for verb in (merge, compress, evaluate, benchmark, push, convert, recipes, tasks, demo, env):
+for verb in (merge, adapt, compress, evaluate, benchmark, push, convert, recipes, tasks, demo, env):
     app.command(verb)
 
 

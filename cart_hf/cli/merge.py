@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,10 +20,12 @@ from cart_hf.cli.options import (
     Numbers,
     Words,
     checked_repository,
+    key_values,
     positionals,
     push_made,
     target_of,
 )
+from cart_hf.cli.resuming import resumable
 from cart_hf.errors import UserError
 
 if TYPE_CHECKING:
@@ -174,10 +175,7 @@ def merge(
         "density": density,
         "fuse_qkv": fuse_qkv,
     }
-    for key, value in _key_values(set_ or []).items():
-        if parameters.get(key) is not None:
-            raise UserError(f"--set {key}: given twice; keep one")
-        parameters[key] = value
+    parameters = key_values(set_ or [], parameters)
     settings: dict[str, Any] = {
         "base": base,
         "models": models,
@@ -262,25 +260,13 @@ class Merged:
 
 def _merge(recipe: Recipe, target: Path, count: int, arguments: dict[str, Any]) -> Merged:
     """Merge in ``count`` processes, or in this one's share of the work; say where a merge can be continued."""
-    from cart_hf.api import resolved_target
-    from cart_hf.cli.console import err, warn
-    from cart_hf.output import unfinished
-    from cart_hf.processes import is_main, launch
+    from cart_hf.processes import launch
 
-    place = resolved_target(target)
-    if is_main() and not arguments["resume"] and unfinished(place):
-        warn(f"a merge to {place} was interrupted: --resume would continue it; this one starts afresh")
-    try:
+    with resumable(target, resume=arguments["resume"], what="a merge"):
         if count > 1:
             merged: Merged = launch(share, count, recipe=recipe, target=target, arguments=arguments)
             return merged
         return share(recipe, target, arguments)
-    except (KeyboardInterrupt, Exception) as failure:
-        if not isinstance(failure, UserError) and is_main() and unfinished(place):
-            err.print("interrupted; the same command with --resume continues")
-            if isinstance(failure, KeyboardInterrupt):
-                sys.exit(130)
-        raise
 
 
 def _merge_as_adapter(recipe: Recipe, target: Path, rank: int, count: int, arguments: dict[str, Any]) -> Compressed:
@@ -338,25 +324,3 @@ def _tell(merged: Merged, format: str) -> None:
         print((merged.output / "merge.json").read_text(encoding="utf-8"), end="")  # noqa: T201
     else:
         out.print("\n".join(merged.lines))
-
-
-def _key_values(words: list[str]) -> dict[str, Any]:
-    """Read ``KEY=VALUE`` words, values as YAML reads them.
-
-    :raises UserError: for a word without ``=``.
-    """
-    import yaml
-
-    pairs = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as failure:
-            raise UserError(f"--set {word}: the value is not valid YAML") from failure
-        if not equals or not key or value is None:
-            raise UserError(f"--set {word}: expected KEY=VALUE")
-        if key in pairs:
-            raise UserError(f"--set {key}: given twice; keep one")
-        pairs[key] = value
-    return pairs

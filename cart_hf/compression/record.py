@@ -15,7 +15,7 @@ from cart_hf.output.record import COMPRESS_FILE, MERGE_FILE, versions
 from cart_hf.plan import Plan
 from cart_hf.recipe import Compression
 
-_OF_A_MERGE = ("base", "models", "method", "summary", "equation", "citation", "parameters")
+_OF_A_MERGE = ("base", "models", "method", "summary", "equation", "citation", "parameters", "adaptation")
 
 
 def write_record(
@@ -54,7 +54,7 @@ def write_record(
 def sources_in(folder: Path) -> dict[str, Any]:
     """Return what a merge's record says of its sources, and of how it was made of them."""
     record = json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))
-    return {key: record[key] for key in _OF_A_MERGE}
+    return {key: record[key] for key in _OF_A_MERGE if key in record}
 
 
 def _settings(plan: Plan, compression: Compression) -> dict[str, Any]:

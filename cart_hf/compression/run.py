@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from cart_hf.merging import default_workers
 from cart_hf.methods import get_method
 from cart_hf.output import WorkFolder, check_target
 from cart_hf.output.folder import check_inputs
-from cart_hf.output.record import ADAPTERS_FOLDER, RECIPE_FILE, resolved_recipe, sources_of
+from cart_hf.output.record import ADAPTATION_FOLDER, ADAPTERS_FOLDER, RECIPE_FILE, resolved_recipe, sources_of
 from cart_hf.output.unfinished import cannot_write
 from cart_hf.parallel import Progress
 from cart_hf.plan import Plan
@@ -243,6 +244,8 @@ class _Job:
                 seconds=made.seconds,
             )
             (place / RECIPE_FILE).write_text(self._resolved(names), encoding="utf-8")
+            if self.merged is not None and (self.merged / ADAPTATION_FOLDER).is_dir():  # which the recipe names
+                shutil.copytree(self.merged / ADAPTATION_FOLDER, place / ADAPTATION_FOLDER)
             if made.centre_bytes or len(outlines) == 1:
                 write_card(place, title)
 
@@ -259,7 +262,8 @@ class _Job:
             return (self.merged / RECIPE_FILE).read_text(encoding="utf-8")
         pinned = resolved_recipe(self.plan)
         models = tuple(entry for entry in pinned.models if entry.name in names)
-        return self.recipe.model_copy(update={"models": models, "base_model": pinned.base_model}).to_yaml()
+        update = {"models": models, "base_model": pinned.base_model, "coefficients": None}  # an average has none
+        return self.recipe.model_copy(update=update).to_yaml()
 
     def _folder_of(self, folder: Path, outline: Outline) -> Path:
         return folder if len(self.outlines) == 1 else folder / ADAPTERS_FOLDER / outline.name

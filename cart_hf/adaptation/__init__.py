@@ -1,0 +1,5 @@
+"""Test-time adaptation: the coefficients of a merge learnt on unlabelled inputs (AdaMerging)."""
+
+from cart_hf.adaptation.run import Adapted, adapt
+
+__all__ = ["Adapted", "adapt"]
