@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from adapted_folder import pretend_adapted
 from checkpoints import make_clip, make_family
 from hub_uploads import wrong_metadata
 from huggingface_hub import ModelCard
@@ -19,6 +20,7 @@ from huggingface_hub import ModelCard
 import cart_hf
 from cart_hf.evaluation.results import Results, TaskResult
 from cart_hf.output.origin import Origin
+from cart_hf.plan.coefficients import Coefficients
 from cart_hf.publishing.card import is_ours, render
 from cart_hf.publishing.contents import Contents, read_contents
 from cart_hf.tasks import find_tasks
@@ -221,6 +223,56 @@ def test_local_adapters_as_sources_are_told_without_their_paths(merged: Path, re
     assert "/home" not in published
     assert "- Tuned: its head was cut; tuned is small." in published
     assert "| sst2 | tuned (local folder) |" in published
+
+
+SOURCES = {"sst2": "nyu-mll/glue (sst2)", "mrpc": "/home/someone/glue/mrpc", "own": "someone/secret-data"}
+
+
+def test_an_adapted_merge_says_what_it_saw(merged: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(merged, tmp_path / "adapted"))
+    pretend_adapted(folder, SOURCES)
+    contents = read_contents(folder).public("org/adapted")
+    card = ModelCard(render(contents, "org/adapted"))
+    assert "no training and no data" not in card.text
+    assert "with coefficients that were learnt on unlabelled inputs" in card.text
+    assert "500 steps of Adam (learning rate\n0.001, 16 inputs of each task a step) minimised the entropy" in card.text
+    assert "There is a coefficient for each task and tensor." in card.text
+    assert "| sst2 | 8 | test | `nyu-mll/glue (sst2)` |\n| mrpc | 8 | test | not named here |" in card.text
+    assert "](adaptation/coefficients.png)" in card.text and "](adaptation/curves.png)" in card.text
+    assert "on this recipe, with `adaptation/coefficients.safetensors` beside it, gives the same weights" in card.text
+    assert "scores on these same inputs are transductive" in card.text
+    assert "test-time-adaptation" in card.data.tags
+    assert not wrong_metadata(card.data.to_dict())
+
+
+def test_an_adapted_merge_does_not_say_where_its_inputs_lie(merged: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(merged, tmp_path / "adapted"))
+    pretend_adapted(folder, SOURCES)
+    contents = read_contents(folder).public("org/adapted")
+    files = contents.files()
+    assert not [name for name, data in files.items() if b"/home/someone" in data or b"someone/secret-data" in data]
+    assert yaml.safe_load(files["cart_hf.yaml"])["adapt"] == {"steps": 500}
+    written = tmp_path / "written.safetensors"
+    written.write_bytes(files["adaptation/coefficients.safetensors"])
+    new, old = Coefficients.load(written), Coefficients.load(folder / "adaptation" / "coefficients.safetensors")
+    assert (new.digest, new.tasks, new.record) == (old.digest, old.tasks, contents.adaptation)
+    elsewhere = replace(contents, recipe=dict(contents.recipe) | {"coefficients": "someone/c.safetensors"})
+    assert yaml.safe_load(elsewhere.public("x").files()["cart_hf.yaml"])["coefficients"] == "c.safetensors"
+
+
+def test_what_an_adapted_merge_leaves_out_of_its_card(merged: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(merged, tmp_path / "adapted"))
+    told = {"objective": "self-labels", "granularity": "layer", "stopped_early": True, "mask_ratio": 0.32}
+    pretend_adapted(folder, SOURCES, **told)
+    (folder / "adaptation" / "curves.png").unlink()
+    found = results("sst2", "mrpc")
+    found = replace(found, tasks={name: replace(result, adapted_on=8) for name, result in found.tasks.items()})
+    text = render(replace(read_contents(folder), results=found).public("x"), "x")
+    assert "minimised the difference between the merged model's predictions and those of each task's own" in text
+    assert "The loss went from 3.2 to 1.1. The steps stopped early, when it did not get better." in text
+    assert "There is a coefficient for each task and layer. Which singular directions" in text
+    assert "curves.png" not in text
+    assert "These scores are transductive: all 16 examples were among the inputs the model was adapted on." in text
 
 
 def test_two_clips(tmp_path: Path) -> None:

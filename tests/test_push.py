@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from adapted_folder import pretend_adapted
 from checkpoints import make_clip, make_family
 from commands import Answer, assert_absent, environment, run_cli
 from hub_server import Request, serving
@@ -518,6 +519,24 @@ def test_a_merge_is_checked_first_and_kept_after(trouble: Trouble) -> None:
     assert_absent(trouble.world.folder / "not-merged")
     assert {"me/broken", "me/plain"}.isdisjoint(trouble.world.hub.repositories)
     assert cart_hf.MultiTaskModel.from_pretrained(trouble.world.folder / "after").tasks == sorted(TEXT)
+
+
+def test_an_adapted_merge_is_pushed_with_what_it_learnt(world: World) -> None:
+    """Without saying where its inputs lie on this machine; a static merge takes what was learnt away again."""
+    adapted = Path(shutil.copytree(world.folder / "merged", world.folder / "adapted"))
+    pretend_adapted(adapted, {task: str(world.folder / "glue" / task) for task in TEXT})
+    static = ["push", str(world.folder / "merged"), "me/adapted", "--dry-run"]
+    world.run({"adapted": ["push", str(adapted), "me/adapted"], "adapted, static again": static})
+    assert world.outcomes["adapted"].code == 0, world.outcomes["adapted"].err
+    files = world.files("me/adapted")
+    inside = {path.name for path in (adapted / "adaptation").iterdir()}
+    assert {name for name in files if name.startswith("adaptation/")} == {f"adaptation/{name}" for name in inside}
+    assert not [name for name, data in files.items() if str(world.folder).encode() in data]
+    assert yaml.safe_load(files["cart_hf.yaml"])["coefficients"] == "adaptation/coefficients.safetensors"
+    answer = world.outcomes["adapted, static again"]
+    assert answer.code == 0, answer.err
+    assert len(inside) == 5
+    assert not [name for name in inside if f"    delete  adaptation/{name}\n" not in answer.out]
 
 
 def test_a_token_is_written_nowhere(trouble: Trouble) -> None:

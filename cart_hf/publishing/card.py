@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cart_hf import __version__
-from cart_hf.evaluation.report import as_table, conventions
+from cart_hf.evaluation.report import as_table, conventions, transductive
 from cart_hf.evaluation.results import Results
 from cart_hf.output.record import ADAPTERS_FOLDER
 from cart_hf.publishing import reconstruction
+from cart_hf.publishing.adaptation import described
 from cart_hf.publishing.contents import CARD_FILE, Contents, Source, read_contents, recipe_text
 from cart_hf.publishing.loading import Adapter, adapters_of, loading
 from cart_hf.publishing.metadata import HOMEPAGE, adapter_metadata, licence_of, metadata
@@ -168,6 +169,7 @@ def _results(results: Results | None) -> dict[str, Any] | None:
     return {
         "table": markdown(as_table(results)),
         "note": conventions(results),
+        "transductive": transductive(results),
         "splits": sorted({result.settings.get("split") or "unnamed" for result in results.tasks.values()}),
         "limit": results.environment.get("limit"),
         "individual": bool(results.individual),
@@ -183,6 +185,11 @@ def _limitations(contents: Contents, first: str) -> list[str]:
     lines = [first]
     if contents.tasks:
         lines.append("Each task keeps its own head: the task must be known when the model is used.")
+    if contents.adaptation:
+        lines.append(
+            "Its coefficients were learnt on unlabelled inputs: scores on these same inputs are transductive, and new "
+            "inputs of another kind may be answered worse."
+        )
     if contents.results is None:
         lines.append("It has not been measured yet.")
     elif any(result.settings.get("split") != "test" for result in contents.results.tasks.values()):
@@ -205,6 +212,8 @@ def _common(contents: Contents, title: str) -> dict[str, Any]:
         "unnamed": [source.name for source in contents.sources if source.hub_id is None],
         "results": _results(contents.results),
         "recipe": recipe_text(contents.recipe),
+        "coefficients": contents.recipe.get("coefficients"),
+        "adaptation": described(contents.adaptation, contents.folder),
     }
 
 

@@ -14,7 +14,15 @@ import yaml
 from cart_hf.errors import UserError
 from cart_hf.evaluation.results import Results
 from cart_hf.output.origin import Origin
-from cart_hf.output.record import ADAPTERS_FOLDER, COMPRESS_FILE, MERGE_FILE, RECIPE_FILE
+from cart_hf.output.record import (
+    ADAPTATION_FOLDER,
+    ADAPTERS_FOLDER,
+    COEFFICIENTS_FILE,
+    COMPRESS_FILE,
+    MERGE_FILE,
+    RECIPE_FILE,
+)
+from cart_hf.publishing.adaptation import public_coefficients
 from cart_hf.publishing.disclosure import places_of, without_names
 from cart_hf.sources.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -88,6 +96,11 @@ class Contents:
         return self.records.get(COMPRESS_FILE)
 
     @property
+    def adaptation(self) -> Mapping[str, Any] | None:
+        """How the coefficients were learnt, if they were."""
+        return self.record.get("adaptation")
+
+    @property
     def is_adapter(self) -> bool:
         """Whether it is an adapter, and no model."""
         return MERGE_FILE not in self.records
@@ -139,6 +152,10 @@ class Contents:
         """Return the files that are written from here and not sent as they lie in the folder."""
         files = {name: _json(record) for name, record in self.records.items()}
         files[RECIPE_FILE] = recipe_text(self.recipe).encode()
+        coefficients = self.folder / ADAPTATION_FOLDER / COEFFICIENTS_FILE
+        if self.adaptation and coefficients.is_file():  # it has the record, too
+            name = coefficients.relative_to(self.folder).as_posix()
+            files[name] = public_coefficients(coefficients.read_bytes(), self.adaptation)
         return files if self.results is None else files | {RESULTS_FILE: _json(self.results.to_dict())}
 
     def with_origins(self, origins: Mapping[tuple[str, str | None], Origin]) -> Contents:

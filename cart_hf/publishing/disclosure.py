@@ -7,7 +7,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_LOCAL_KEYS = ("data", "tasks_file")  # folders and files of the machine, in a recipe's `evaluation:`
+from cart_hf.output.record import ADAPTATION_FOLDER, COEFFICIENTS_FILE
+from cart_hf.publishing.adaptation import public
+
+# folders and files of the machine, and a model that may be one or private, in a recipe's `evaluation:` and `adapt:`
+_LOCAL_KEYS = ("data", "tasks_file", "unseen_by")
 
 
 def without_names(
@@ -36,16 +40,26 @@ def without_names(
     for record in told.values():
         if "warnings" in record:
             record["warnings"] = [_renamed(warning, names) for warning in record["warnings"]]
+        if record.get("adaptation"):
+            record["adaptation"] = public(record["adaptation"])
     if written.get("tokenizer_source") in names:
         written["tokenizer_source"] = names[written["tokenizer_source"]]
-    if written.get("evaluation"):
-        written["evaluation"] = {k: v for k, v in written["evaluation"].items() if k not in _LOCAL_KEYS}
+    _leave_out_places(written)
     return told, written
 
 
 def places_of(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Return what a record says of each source, and of the model that it is an adapter of: Hub id, commit, origin."""
     return (place for entry in _entries(record) for place in _places(entry))
+
+
+def _leave_out_places(recipe: dict[str, Any]) -> None:
+    """Take the places of data out of a recipe; coefficients that lie elsewhere keep their file's name alone."""
+    for part in ("evaluation", "adapt"):
+        if recipe.get(part):
+            recipe[part] = {key: value for key, value in recipe[part].items() if key not in _LOCAL_KEYS}
+    if recipe.get("coefficients") not in (None, f"{ADAPTATION_FOLDER}/{COEFFICIENTS_FILE}"):
+        recipe["coefficients"] = Path(recipe["coefficients"]).name
 
 
 def _ids_of(source: Mapping[str, Any]) -> set[str]:

@@ -38,7 +38,13 @@ def metadata(contents: Contents, title: str, licence: str | None) -> Any:
         **({"base_model": ids, "base_model_relation": "merge"} if ids else {}),
         library_name="transformers",
         pipeline_tag=_pipeline([contents.record["loader"], *(model.class_name for model in contents.models)]),
-        tags=unique(["merge", "cart-hf", contents.record["method"], *(["cart", "lora"] if contents.adapters else [])]),
+        tags=unique(
+            [
+                *("merge", "cart-hf", contents.record["method"]),
+                *(["cart", "lora"] if contents.adapters else []),
+                *(["test-time-adaptation"] if contents.adaptation else []),
+            ]
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cart_hf.errors import UserError
-from cart_hf.output.record import ADAPTERS_FOLDER, COMPRESS_FILE, MERGE_FILE
+from cart_hf.output.record import ADAPTATION_FOLDER, ADAPTERS_FOLDER, COMPRESS_FILE, MERGE_FILE
 from cart_hf.publishing.contents import CARD_FILE
 from cart_hf.publishing.files import Content, same_bytes
 from cart_hf.publishing.remote import Repository, look
@@ -50,8 +50,9 @@ def changes_of(files: Mapping[str, Content], repository: Repository, kept: Colle
 
 
 def _is_of_a_push(path: str) -> bool:
-    """Whether a path is that of weights, a task, an adapter, or of a record: what people add is not."""
-    if path.startswith(("tasks/", f"{ADAPTERS_FOLDER}/")) or path in (MERGE_FILE, COMPRESS_FILE, ADAPTER_CONFIG):
+    """Whether a path is that of weights, a task, an adapter, an adaptation or a record: what people add is not."""
+    folders = ("tasks/", f"{ADAPTERS_FOLDER}/", f"{ADAPTATION_FOLDER}/")
+    if path.startswith(folders) or path in (MERGE_FILE, COMPRESS_FILE, ADAPTER_CONFIG):
         return True
     return path.startswith(("model", "adapter_model")) and ".safetensors" in path and "/" not in path
 
