@@ -18,6 +18,7 @@ from small_tasks import save_tokenizer
 import cart_hf
 import cart_hf.api
 from cart_hf.benchmarking import run as benchmarking
+from cart_hf.benchmarking.report import write_files
 from cart_hf.benchmarking.rows import trials_of
 from cart_hf.benchmarking.sizes import individual_bytes, merged_bytes
 from cart_hf.linalg import low_rank
@@ -427,3 +428,33 @@ def test_a_missing_model_is_named_first(recipe, tmp_path):
     recipe["models"][0]["model"] = "./not-here"
     output = tmp_path / "out"
     refuse(output, "benchmark", write(tmp_path, recipe), output, naming=["folder not found: ./not-here"])
+
+
+def test_a_row_whose_coefficients_are_learnt(tmp_path, recipe):
+    """It is what adapting and evaluating by hand find, and the page says on how many inputs it was learnt."""
+    settings = {"steps": 2, "lr": 0.1, "held_out": 0.4}
+    recipe["benchmark"] = {"methods": [{"method": "cart", "parameters": {"rank": 2}, "adapt": settings}]}
+    result = cart_hf.benchmark(cart_hf.Recipe.from_mapping(recipe), output=tmp_path / "out")
+    row = result.rows[-1]
+    assert row.name == "CART + adaptation"
+    own = {name: value for name, value in recipe.items() if name != "benchmark"}
+    made = cart_hf.adapt(cart_hf.Recipe.from_mapping(own), output=tmp_path / "adapted", learning=settings)
+    found = cart_hf.evaluate(tmp_path / "adapted")
+    assert {name: task.score for name, task in row.results.tasks.items()} == {
+        name: task.score for name, task in found.tasks.items()
+    }
+    seen = {name: task.adapted_on for name, task in row.results.tasks.items()}
+    assert all(seen[name] >= made.inputs[name] > 0 for name in TASKS)  # tasks may have inputs in common
+    write_files(result)
+    assert "CART + adaptation: transductive: " in (tmp_path / "out" / "benchmark.md").read_text()
+
+
+def test_a_row_is_refused_whose_method_has_nothing_to_learn(tmp_path, recipe):
+    recipe["benchmark"]["methods"] = [
+        {"method": "average", "adapt": {"steps": 2}},
+        {"method": "cart", "adapt": {"x": 1}},
+    ]
+    refuse(tmp_path / "out", "benchmark", write(tmp_path, recipe), tmp_path / "out", naming=["unknown key"])
+    recipe["benchmark"]["methods"].pop()
+    naming = ["row 'average + adaptation'", "no coefficients"]
+    refuse(tmp_path / "out", "benchmark", write(tmp_path, recipe), tmp_path / "out", naming=naming)

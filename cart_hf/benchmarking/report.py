@@ -11,7 +11,7 @@ from cart_hf import tables
 from cart_hf.benchmarking.rows import COMPRESS, INDIVIDUAL, PRETRAINED, Row, settings_text
 from cart_hf.benchmarking.run import BenchmarkResult
 from cart_hf.errors import UserError
-from cart_hf.evaluation.report import percent
+from cart_hf.evaluation.report import percent, transductive
 from cart_hf.recipe.benchmark import INDEXING
 from cart_hf.tables import Table
 
@@ -95,6 +95,10 @@ def notes(result: BenchmarkResult) -> list[str]:
     for row in result.rows:
         if row.on_edge:
             found.append(f"{row.name}: the best {' and '.join(row.on_edge)} is at the edge of the values tried.")
+    for row in result.rows:
+        sentence = transductive(row.results)
+        if sentence is not None:
+            found.append(f"{row.name}: {sentence}.")
     if _sized(result.rows):
         found.append(
             "Sizes are of weights, for all tasks together: the individual models; or one backbone and every head; for "

@@ -9,6 +9,7 @@ from typing import Any
 from cart_hf.evaluation.results import Results
 from cart_hf.methods import all_methods, get_method
 from cart_hf.recipe import Recipe, Trial
+from cart_hf.recipe.benchmark import ADAPTED
 
 PRETRAINED, INDIVIDUAL = "pretrained", "individual"
 COMPRESS = "compress"
@@ -53,7 +54,9 @@ def trials_of(recipe: Recipe) -> list[Trial]:
 def display_name(trial: Trial) -> str:
     """Return what people call a row: its own name, or else its method's."""
     method = get_method(trial.method)
-    return method.title if trial.name in (trial.method, method.name) else trial.name
+    suffix = ADAPTED if trial.adapt is not None else ""
+    usual = trial.name.removesuffix(suffix) in (trial.method, method.name)
+    return f"{method.title}{suffix}" if usual else trial.name
 
 
 def settings_text(parameters: Mapping[str, Any]) -> str:

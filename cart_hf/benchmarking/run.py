@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cart_hf import __version__
+from cart_hf.adaptation import adapt
 from cart_hf.api import merge, plan_merge, resolved_target
 from cart_hf.benchmarking.ledger import LEDGER_FILE, Ledger, Measured
 from cart_hf.benchmarking.rows import COMPRESS, INDIVIDUAL, PRETRAINED, Row, display_name, trials_of
@@ -29,7 +30,7 @@ from cart_hf.plan import Plan
 from cart_hf.processes import Processes, join
 from cart_hf.recipe import Compression, Evaluation, Recipe, Selection, Trial
 from cart_hf.sources import fetch_weights
-from cart_hf.tasks import Task, TaskData, find_tasks, known_among
+from cart_hf.tasks import Task, TaskData, evaluation_of, find_tasks
 
 RECIPE_FILE = "recipe.yaml"
 MODELS_FOLDER = "models"
@@ -114,13 +115,7 @@ class _Run:
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        declared = self.recipe.evaluation or Evaluation()
-        if declared.suite or declared.tasks:
-            return declared
-        names = known_among([entry.name for entry in self.recipe.models], declared.tasks_file)
-        if not names:
-            raise UserError("evaluation: name a suite or tasks (none of the models is called like a task)")
-        return declared.model_copy(update={"tasks": tuple(names)})
+        return evaluation_of(self.recipe)
 
     @cached_property
     def selection(self) -> Selection | None:
@@ -249,7 +244,8 @@ class _Run:
             best = max(range(len(points)), key=lambda position: tried[position]["average"] or 0.0)
         keep = self.target / MODELS_FOLDER / trial.name if self.keep_models else None
         factors = {} if keep else self._factors(trial)  # a model that is kept is what `cart-hf merge` would write
-        results = self._measured(name, self._variant(trial, best), self.scored, keep, factors).results
+        scored = self.recipe.variant(trial.method, points[best], trial.adapt)
+        results = self._measured(name, scored, self.scored, keep, factors).results
         edges = trial.on_edge(points[best]) if tried else []
         return Row(name, trial.method, points[best], edges, results, tried)
 
@@ -294,11 +290,14 @@ class _Run:
         folder = keep or self.target / "attempt"
         options = {"device": self.device, "workers": self.workers, "overwrite": True, **(factors or {})}
         adapter_bytes = 0
-        if variant.compress is None:
-            merge(variant, output=folder, **options)
-        else:
+        if variant.compress is not None:
             made = compress(variant, output=folder, **options)
             adapter_bytes = sum(adapter.nbytes for adapter in made.adapters.values())
+        elif variant.adapt is not None:
+            options.pop("factors_rank_ratio", None)
+            adapt(variant, output=folder, progress=self.progress, **options)
+        else:
+            merge(variant, output=folder, **options)
         done: dict[str, TaskResult] = {}
         errors: dict[str, str] = {}
         run_tasks(
