@@ -203,3 +203,21 @@ def test_checkpoints_of_real_shape(tmp_path: Path) -> None:
     assert 0.01 < float((update - weight).std() / weight.std()) < 0.05
     sizes = {path.name: path.stat().st_size for path in models[0].glob("*.safetensors")}
     assert {path.name: path.stat().st_size for path in empty.glob("*.safetensors")} == sizes
+
+
+def test_adapt_step(tmp_path: Path, own_caches: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ways = ["plain", "disk", "each-step", "each-forward"]
+    small = ["--shape", "encoder", "--counts", 2, "--steps", 1, "--rounds", 1, "--batch-size", 2, "--length", 4]
+    which = ["--methods", "cart", "--ways", *ways, "--threads", 1, "--output", tmp_path / "steps.json"]
+    threads = torch.get_num_threads()
+    with mock.patch.object(script_named("adapt_step"), "alone", lambda words: run("adapt_step", *words)):
+        run("adapt_step", "run", "--work", tmp_path, *small, *which)  # in this process, which has imported everything
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == ways
+    for row in rows:
+        (measured,) = row["runs"]
+        assert len(measured["seconds"]) == len(measured["cpu_seconds"]) == 1
+        assert measured["peak_bytes"] >= measured["step_bytes"]
+        assert row["apart"] is None if row["way"] == "plain" else row["apart"] < 1e-4  # two steps of Adam are 2e-3
+    assert "| cart | 2 | formed in the graph, each forward |" in capsys.readouterr().out
