@@ -237,7 +237,7 @@ def test_no_steps_give_the_bytes_of_the_static_merge(world, tmp_path, method):
 def test_no_steps_with_a_choice_of_directions_give_the_bytes_of_the_static_merge(world, tmp_path):
     chosen = {"base": world.base, "models": world.models, **METHODS["cart"]}
     cart_hf.merge(output=tmp_path / "static", **chosen)
-    learning = {"steps": 0, "mask_ratio": 1.0}
+    learning = {"steps": 0, "mask_ratio": 1.0, "objective": "self-labels", "head_lr": 0.1}
     cart_hf.adapt(output=tmp_path / "adapted", learning=learning, examples=world.examples, **chosen)
     assert_same_model(tmp_path / "static", tmp_path / "adapted")
 
@@ -277,6 +277,31 @@ def test_directions_are_kept_or_dropped_down_the_finite_differences(world, tmp_p
             checked += 1
             assert bool(mask[1, direction]) == (difference < 0), direction
     assert checked >= 4
+
+
+def test_heads_go_down_their_own_gradients_and_stay_learnt_when_merged_again(world, tmp_path):
+    """The gradient is what plain transformers and autograd find on the static merge."""
+    cart_hf.merge(output=tmp_path / "static", base=world.base, models=world.models, **METHODS["cart"])
+    world.adapt(tmp_path / "out", "cart", 1, objective="self-labels", head_lr=0.25)
+    for task, folder in zip(TASKS, world.models, strict=True):
+        tokens = AutoTokenizer.from_pretrained(folder)(world.words[task], padding=True, return_tensors="pt")
+        target = RobertaForSequenceClassification.from_pretrained(folder).eval()(**tokens).logits.softmax(-1).detach()
+        merged = RobertaForSequenceClassification.from_pretrained(tmp_path / "static", subfolder=f"tasks/{task}").eval()
+        (-(target * merged(**tokens).logits.log_softmax(-1)).sum(-1).mean()).backward()
+        found = load_file(tmp_path / "out" / "tasks" / task / "head.safetensors")
+        assert set(found) == {f"classifier.{name}" for name, _ in merged.classifier.named_parameters()}
+        for name, weight in merged.classifier.named_parameters():
+            expected = (weight - 0.25 * weight.grad).detach()
+            torch.testing.assert_close(found[f"classifier.{name}"], expected, rtol=1e-4, atol=1e-5)
+            assert not torch.equal(found[f"classifier.{name}"], weight)
+    cart_hf.merge(cart_hf.Recipe.load(tmp_path / "out" / "cart_hf.yaml"), output=tmp_path / "again")
+    assert_same_model(tmp_path / "out", tmp_path / "again")
+
+
+def test_heads_are_not_learnt_from_entropy(world, tmp_path):
+    with pytest.raises(cart_hf.UserError, match="head_lr: a head makes any prediction sure"):
+        world.adapt(tmp_path / "out", "cart", 1, head_lr=0.1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_loss_that_is_reported_is_the_models(world, tmp_path):

@@ -726,6 +726,11 @@ def test_vision_towers(pictures: Pictures, tmp_path: Path) -> None:
     assert float(first["task1"]) == pytest.approx(float(second["task1"]) * 4 / 5, rel=1e-4)  # of the batch's five
 
 
+def test_zero_shot_heads_are_not_learnt(pictures: Pictures, tmp_path: Path) -> None:
+    words = pictures.words(tmp_path / "out", pictures.towers, objective="self-labels", head_lr=0.1)
+    refuse(tmp_path / "out", *words, naming=["--head-lr", "zero-shot"])
+
+
 def test_whole_clips(pictures: Pictures, tmp_path: Path) -> None:
     """Zero-shot heads are made once, so no loss depends on the text tower: it stays as the static merge has it."""
     models = []

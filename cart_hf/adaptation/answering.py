@@ -27,17 +27,19 @@ class Answering:
     :param module: what holds the weights that are learnt: the backbone, or the CLIP.
     :param model: runs it, with its tokenizer or image processor.
     :param heads: what the model calls the logits of each task.
+    :param head_weights: the weights of the heads that answer, by head and name; none of a zero-shot head.
     """
 
     module: torch.nn.Module
     model: Model
     heads: Mapping[str, str]
+    head_weights: Mapping[str, Mapping[str, torch.nn.Parameter]]
 
 
 def open_merged(
     folder: Path, everything: Sequence[Inputs], evaluation: Evaluation, base: str | None, device: torch.device
 ) -> Answering:
-    """Load a merged folder with the heads of the tasks; its heads stay as they are, and only the rest may be learnt.
+    """Load a merged folder with the heads of the tasks, none of its weights to be learnt yet.
 
     :raises UserError: when it has no head for a task, or reads another kind of input.
     """
@@ -55,7 +57,8 @@ def open_merged(
     for layer in module.modules():
         if isinstance(layer, torch.nn.Embedding):
             layer.sparse = True  # a batch has few words: its gradient is dense only once in a step, not for every task
-    return Answering(module, model, heads)
+    answer = {name: dict(head.named_parameters()) for name, head in whole.heads.items() if name in names.values()}
+    return Answering(module, model, heads, answer)
 
 
 def own_answers(

@@ -171,6 +171,8 @@ class Lesson:
     ) -> dict[str, float]:
         """Find the gradients of what is learnt, in every process those of all; return the loss of each task."""
         own: dict[str, float] = {}
+        for head in learnable.heads:
+            head.grad = None
         for one, supply in zip(self.inputs, supplies, strict=True):
             size, batch = next(supply)
             loss = None if batch is None else self.loss(one, batch, size)
@@ -180,7 +182,7 @@ class Lesson:
         self.gradients(terms, learnable)
         shares = self.processes.gather((own, learnable.gradients()))
         for place, parameter in enumerate(learnable.parameters):
-            parameter.grad = torch.stack([gradients[place] for _, gradients in shares]).sum(dim=0)
+            parameter.grad = torch.stack([gradients[place] for _, gradients in shares]).sum(dim=0).to(parameter.device)
         found = {task: sum(losses[task] for losses, _ in shares) for task in own}
         broken = [task for task, loss in found.items() if not torch.isfinite(torch.tensor(loss))]
         if broken:
@@ -202,10 +204,13 @@ class Lesson:
 
 
 def _optimizer(adaptation: Adaptation, learnable: Learnable) -> torch.optim.Optimizer:
+    groups = [{"params": learnable.coefficients}]
+    if learnable.heads:
+        groups.append({"params": learnable.heads, "lr": adaptation.head_lr})  # type: ignore[dict-item]
     if adaptation.optimizer == "sgd":
-        return torch.optim.SGD(learnable.parameters, lr=adaptation.lr)
+        return torch.optim.SGD(groups, lr=adaptation.lr)
     kind = torch.optim.AdamW if adaptation.optimizer == "adamw" else torch.optim.Adam
-    return kind(learnable.parameters, lr=adaptation.lr)
+    return kind(groups, lr=adaptation.lr)
 
 
 def _note_window(now: _Progressing, learnable: Learnable, patience: int | None) -> None:

@@ -28,9 +28,20 @@ class Learnable:
     :param terms: what the coefficients are of.
     :param granularity: what shares an offset.
     :param masks: whether directions are chosen.
+    :param heads: weights of heads that are learnt, too, on the model's device.
+
+    ``heads`` and ``coefficients`` (with the logits, on the CPU) are what an optimiser changes.
     """
 
-    def __init__(self, plan: Plan, terms: Sequence[Terms], granularity: Granularity, *, masks: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        terms: Sequence[Terms],
+        granularity: Granularity,
+        *,
+        masks: bool,
+        heads: Sequence[torch.nn.Parameter] = (),
+    ) -> None:
         rows = _rows(plan, [term.group for term in terms], granularity)
         self._row = {name: place for place, name in enumerate(dict.fromkeys(rows.values()))}
         self._row_of = {group: self._row[row] for group, row in rows.items()}
@@ -39,11 +50,13 @@ class Learnable:
         self._offsets = torch.nn.Parameter(torch.zeros(len(self._row), len(plan.models)))
         self._logits = {term.group.name: _logits(term) for term in terms if masks and isinstance(term, LowRankTerms)}
         self._first = {name: logits.detach() > 0 for name, logits in self._logits.items()}
+        self.coefficients = [self._offsets, *self._logits.values()]
+        self.heads = list(heads)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What an optimiser changes, on the CPU."""
-        return [self._offsets, *self._logits.values()]
+        """All that is learnt."""
+        return [*self.coefficients, *self.heads]
 
     def learnt(self, group: Group) -> Learnt:
         """Return the coefficients of a tensor (or fused group) as they are now."""
@@ -58,12 +71,12 @@ class Learnable:
         return None if mask is None or torch.equal(mask, self._first[group.name]) else mask
 
     def gradients(self) -> list[torch.Tensor]:
-        """Return the slopes of all that is learnt."""
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        """Return the slopes of all that is learnt, on the CPU."""
+        return [(torch.zeros_like(p) if p.grad is None else p.grad).cpu() for p in self.parameters]
 
     def clear(self) -> None:
-        """Set all slopes to zero."""
-        for parameter in self.parameters:
+        """Set all slopes of coefficients to zero."""
+        for parameter in self.coefficients:
             parameter.grad = torch.zeros_like(parameter)
 
     def add(self, group: Group, slopes: Slopes) -> None:

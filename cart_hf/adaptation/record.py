@@ -23,8 +23,16 @@ from cart_hf.plan.coefficients import Coefficients
 from cart_hf.recipe import Adaptation
 
 
-def coefficients_of(plan: Plan, terms: Sequence[Terms], learnable: Learnable) -> Coefficients:
-    """Return what was learnt, by tensor (or fused group)."""
+def coefficients_of(
+    plan: Plan,
+    terms: Sequence[Terms],
+    learnable: Learnable,
+    heads: Mapping[str, Mapping[str, torch.nn.Parameter]],
+) -> Coefficients:
+    """Return what was learnt, by tensor (or fused group).
+
+    :param heads: the weights of the heads that were learnt, by task and name.
+    """
     values, masks = {}, {}
     for term in terms:
         group, learnt = term.group, learnable.learnt(term.group)
@@ -36,7 +44,10 @@ def coefficients_of(plan: Plan, terms: Sequence[Terms], learnable: Learnable) ->
         if mask is not None:
             masks[group.name] = torch.zeros(len(plan.models), mask.shape[1], dtype=torch.bool)
             masks[group.name][places] = mask
-    return Coefficients(plan.method.name, tuple(model.name for model in plan.models), values, masks)
+    learnt_heads = {
+        task: {name: weight.detach().cpu() for name, weight in weights.items()} for task, weights in heads.items()
+    }
+    return Coefficients(plan.method.name, tuple(model.name for model in plan.models), values, masks, learnt_heads)
 
 
 def record(

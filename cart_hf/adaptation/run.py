@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cart_hf.adaptation.answering import open_merged, own_answers, owner_of
+from cart_hf.adaptation.answering import Answering, open_merged, own_answers, owner_of
 from cart_hf.adaptation.inputs import Inputs, read_inputs
 from cart_hf.adaptation.learn import History, Lesson
 from cart_hf.adaptation.learnable import Learnable
@@ -35,6 +35,9 @@ from cart_hf.publishing.card import write_card
 from cart_hf.recipe import Adaptation, Evaluation, Recipe
 from cart_hf.sources import fetch_weights
 from cart_hf.tasks import evaluation_of, find_tasks
+
+if TYPE_CHECKING:
+    import torch
 
 TermsPlace = Literal["disk", "device"]
 _STATIC, _FACTORS, _TERMS, _LEARNT, _STATE = "static", "factors", "terms", "learnt", "learning.pt"
@@ -287,11 +290,29 @@ class _Job:
         )
         terms = preparation.everywhere(self.processes, self.progress)
         masks = self.adaptation.mask_ratio is not None
-        learnable = Learnable(self.plan, terms, self.adaptation.granularity, masks=masks)
+        heads = self._heads(answering)
+        weights = [weight for head in heads.values() for weight in head.values()]
+        learnable = Learnable(self.plan, terms, self.adaptation.granularity, masks=masks, heads=weights)
         history = lesson.learn(terms, learnable, self.progress, work / _STATE)
-        coefficients = coefficients_of(self.plan, terms, learnable)
+        coefficients = coefficients_of(self.plan, terms, learnable, heads)
         with_coefficients = [group for group in self.plan.groups() if self.plan.own_coefficients(group) is not None]
         return history, coefficients, len(with_coefficients) - len(terms)
+
+    def _heads(self, answering: Answering) -> Mapping[str, Mapping[str, torch.nn.Parameter]]:
+        """Return the weights of the heads that are learnt, by task; none where heads stay as they are.
+
+        :raises UserError: when there are none to learn.
+        """
+        if self.adaptation.head_lr is None:
+            return {}
+        if not answering.head_weights:
+            raise UserError(
+                "--head-lr: zero-shot heads are made from class names, there is nothing to learn; leave it out"
+            )
+        for weights in answering.head_weights.values():
+            for weight in weights.values():
+                weight.requires_grad_(True)
+        return answering.head_weights
 
     def _merge_learnt(
         self,

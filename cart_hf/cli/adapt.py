@@ -54,6 +54,7 @@ def adapt(
     optimizer: Annotated[Literal["adam", "adamw", "sgd"] | None, Parameter(group=LEARNING)] = None,
     init: Annotated[float | None, Parameter(group=LEARNING)] = None,
     mask_ratio: Annotated[float | None, Parameter(group=LEARNING)] = None,
+    head_lr: Annotated[float | None, Parameter(group=LEARNING, validator=Number(gt=0))] = None,
     patience: Annotated[int | None, Parameter(group=LEARNING, validator=Number(gte=1))] = None,
     suite: Annotated[str | None, Parameter(group=INPUTS)] = None,
     tasks: Annotated[Words, Parameter(group=INPUTS)] = None,
@@ -134,6 +135,8 @@ def adapt(
     mask_ratio:
         cart: also learn which of the first singular directions, this share of the smaller dimension, are kept
         (AdaRank).
+    head_lr:
+        Also learn each task's head, at this rate; with `--objective self-labels`.
     patience:
         Stop when so many windows of 25 steps bring nothing better, and keep the best window's coefficients; default:
         all steps, and the last one's.
@@ -146,7 +149,7 @@ def adapt(
     heads:
         TASK=NAME: the model whose head answers a task, where it is called differently.
     data:
-        Folder that holds `NAME/SPLIT.parquet`; labels are not needed, and not looked at.
+        Folder that holds `NAME/SPLIT.parquet`; labels are not needed.
     split:
         The split whose inputs are used; default: the one that is scored.
     limit:
@@ -200,6 +203,7 @@ def adapt(
         "optimizer": optimizer,
         "init": init,
         "mask_ratio": mask_ratio,
+        "head_lr": head_lr,
         "patience": patience,
         "split": split,
         "limit": limit,

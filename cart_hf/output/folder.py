@@ -241,7 +241,8 @@ def _write_task(folder: Path, plan: Plan, model: Checkpoint, shards: Sequence[Sh
 
 def _head_tensor(plan: Plan, model: Checkpoint, name: str) -> torch.Tensor:
     stored = model.tensors[name].stored
-    values = model.read(name).view(stored.shape)
+    learnt = plan.coefficients.heads.get(model.name, {}).get(name) if plan.coefficients is not None else None
+    values = model.read(name).view(stored.shape) if learnt is None else learnt
     if not DTYPES[stored.dtype].is_floating_point:
         return values
     refuse_broken(values, model, name)

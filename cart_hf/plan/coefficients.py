@@ -1,7 +1,8 @@
 """Coefficients that were learnt for a merge: their file, and what they are about in a plan.
 
 The file has a float32 tensor for each merged tensor (or fused group), by its name: a coefficient for each task, in the
-order that the metadata gives. Of a decomposed matrix there may also be the directions that are kept of each task.
+order that the metadata gives. Of a decomposed matrix there may also be the directions that are kept of each task, and
+of a task the tensors of its head.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safetensors.torch import save, save_file
 
 from cart_hf.errors import UserError, did_you_mean, shorten
 
-_FORMAT, _MASK = "cart-hf coefficients 1", "mask/"
+_FORMAT, _MASK, _HEAD = "cart-hf coefficients 1", "mask/", "head/"
 ABOUT = "cart_hf"  # the one key of the metadata: safetensors writes several in no certain order
 
 
@@ -49,6 +50,7 @@ class Coefficients:
     :param tasks: the names of the models, in the order of the values.
     :param values: for each tensor (or fused group) float32, shape (tasks,).
     :param masks: for some matrices bool, shape (tasks, k).
+    :param heads: the tensors of the heads that were learnt, by task and name.
     :param record: how they were learnt, as ``merge.json`` tells it.
     """
 
@@ -56,6 +58,7 @@ class Coefficients:
     tasks: tuple[str, ...]
     values: Mapping[str, torch.Tensor]
     masks: Mapping[str, torch.Tensor]
+    heads: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -96,14 +99,18 @@ class Coefficients:
             raise UserError(f"{where}: {reason}") from failure
         if about.get("format") != _FORMAT:
             raise UserError(f"{where} is no file of coefficients (`cart-hf adapt` writes them)")
-        values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_MASK)}
-        masks = {name.removeprefix(_MASK): tensor.bool() for name, tensor in tensors.items() if name not in values}
+        values = {name: tensor for name, tensor in tensors.items() if not name.startswith((_MASK, _HEAD))}
+        masks = {name.removeprefix(_MASK): t.bool() for name, t in tensors.items() if name.startswith(_MASK)}
+        heads: dict[str, dict[str, torch.Tensor]] = {}
+        for name in (name for name in tensors if name.startswith(_HEAD)):
+            task, _, own = name.removeprefix(_HEAD).partition("/")
+            heads.setdefault(task, {})[own] = tensors[name]
         for name, value in values.items():
             if value.shape != (len(about["tasks"]),) or not value.is_floating_point():
                 raise UserError(f"{where}: '{name}' has not one number for each of the {len(about['tasks'])} models")
             if not bool(torch.isfinite(value).all()):
                 raise UserError(f"{where}: those of '{name}' are not finite numbers")
-        return cls(about["method"], tuple(about["tasks"]), values, masks, about["record"])
+        return cls(about["method"], tuple(about["tasks"]), values, masks, heads, about["record"])
 
     def problems(self, method: str, models: list[str], names: list[str]) -> list[str]:
         """Say why they are not those of a merge.
@@ -124,4 +131,5 @@ class Coefficients:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         masks = {f"{_MASK}{name}": mask.to(torch.uint8).contiguous() for name, mask in self.masks.items()}
-        return {**{name: value.contiguous() for name, value in self.values.items()}, **masks}
+        heads = {f"{_HEAD}{task}/{name}": t.contiguous() for task, own in self.heads.items() for name, t in own.items()}
+        return {**{name: value.contiguous() for name, value in self.values.items()}, **masks, **heads}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Objective = Literal["entropy", "self-labels"]
 Granularity = Literal["task", "layer", "tensor"]
@@ -25,6 +25,8 @@ class Adaptation(BaseModel):
     :param init: the scale to begin with; default: the recipe's own.
     :param mask_ratio: also learn which singular directions of each task are kept, among the first of them, this share
         of the smaller dimension (AdaRank, arXiv 2503.22178; ``cart`` only).
+    :param head_lr: also learn each task's head, at this rate, from self-labels (after SyMerge, which learns one layer
+        of each task); default: heads stay as they are.
     :param split: the split whose inputs are used; default: the one that is scored.
     :param limit: at most so many inputs of each task.
     :param held_out: share of the inputs that is left out, to be scored.
@@ -43,8 +45,15 @@ class Adaptation(BaseModel):
     optimizer: Optimizer = "adam"
     init: float | None = Field(default=None, allow_inf_nan=False)
     mask_ratio: float | None = Field(default=None, gt=0, le=1)
+    head_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     split: str | None = None
     limit: int | None = Field(default=None, gt=0)
     held_out: float = Field(default=0.0, ge=0, lt=1)
     patience: int | None = Field(default=None, gt=0)
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _heads_need_teachers(self) -> Adaptation:
+        if self.head_lr is not None and self.objective == "entropy":
+            raise ValueError("head_lr: a head makes any prediction sure; heads are learnt from self-labels (objective)")
+        return self

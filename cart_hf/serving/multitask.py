@@ -90,6 +90,11 @@ class MultiTaskModel(nn.Module):
         """Names of the tasks it answers."""
         return [*self._heads, *self._zero_shot]
 
+    @property
+    def heads(self) -> Mapping[str, nn.Module]:
+        """Each task's model without the backbone, by task; none where the heads are zero-shot."""
+        return self._heads
+
     def labels(self, task: str) -> list[str]:
         """Return the label names of a task, in the order of its logits."""
         if task not in self._labels:
