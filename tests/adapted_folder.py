@@ -29,7 +29,15 @@ def pretend_adapted(folder: Path, sources: dict[str, str], **changes: Any) -> No
     tasks = {name: {"source": source, "split": "test", "inputs": 8, "held_out": 0} for name, source in sources.items()}
     record["adaptation"] = {
         **{"objective": "entropy", "granularity": "tensor", "steps": 500, "stopped_early": False, "lr": 0.001},
-        **{"batch_size": 16, "optimizer": "adam", "dtype": "float32", "seed": 0, "mask_ratio": None, "held_out": 0.0},
+        **{
+            "batch_size": 16,
+            "optimizer": "adam",
+            "dtype": "float32",
+            "seed": 0,
+            "mask_ratio": None,
+            "head_lr": None,
+            "held_out": 0.0,
+        },
         **{"tasks": tasks, "tensors": {"learnt": 30, "fixed": 5}, "loss": {"first": 3.2, "last": 1.1}},
         **changes,
     }
@@ -39,7 +47,8 @@ def pretend_adapted(folder: Path, sources: dict[str, str], **changes: Any) -> No
     inside = folder / ADAPTATION_FOLDER
     inside.mkdir()
     values = {name: torch.full((len(sources),), 0.3) for name in list(record["tensors"])[:3]}
-    Coefficients(record["method"], tuple(sources), values, {}, record["adaptation"]).save(inside / COEFFICIENTS_FILE)
+    learnt = Coefficients(record["method"], tuple(sources), values, {}, record=record["adaptation"])
+    learnt.save(inside / COEFFICIENTS_FILE)
     save_file({name: np.arange(8) for name in sources}, inside / INPUTS_FILE)
     (inside / CURVES_FILE).write_text("step,loss," + ",".join(sources) + "\n")
     for name in ("coefficients.png", "curves.png"):

@@ -494,7 +494,7 @@ def test_interrupted_at_the_end(
 
     for place in ("write_learnt", "write_card"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"cart_hf.adaptation.run.{place}", fail)
+            patch.setattr(f"cart_hf.adaptation.job.{place}", fail)
             answer = call(*long_words(world, bereft, "--resume"))
         assert (answer.code, answer.err) == (130, "interrupted; the same command with --resume continues\n")
         assert not bereft.exists()
