@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ METHODS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class World:
     """A base, three fine-tuned models, and unlabelled texts for each task."""
 
@@ -86,6 +87,7 @@ def make_decided(folder: str, seed: int) -> None:
     model.save_pretrained(folder)
 
 
+@cache
 def states(world: World) -> tuple[oracle.State, list[oracle.State]]:
     """The tensors that base and models have in common, in float64."""
     own = [oracle.state_of(model) for model in world.models]
@@ -95,6 +97,7 @@ def states(world: World) -> tuple[oracle.State, list[oracle.State]]:
     return {n: base[n].astype(np.float64) for n in whole[0]}, whole
 
 
+@cache
 def parts_of(world: World, method: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The centre and the terms of every tensor, from the papers' equations."""
     base, models = states(world)
@@ -113,14 +116,23 @@ def parts_of(world: World, method: str) -> dict[str, tuple[np.ndarray, np.ndarra
     return found
 
 
+@cache
+def answering(world: World) -> list[tuple[RobertaForSequenceClassification, dict, torch.Tensor]]:
+    """Each task's model in float64, its texts as tokens, and the probabilities that it gives them by itself."""
+    found = []
+    for task, folder in zip(TASKS, world.models, strict=True):
+        tokens = dict(AutoTokenizer.from_pretrained(folder)(world.words[task], padding=True, return_tensors="pt"))
+        model = RobertaForSequenceClassification.from_pretrained(folder).double().eval()
+        with torch.no_grad():
+            found.append((model, tokens, model(**tokens).logits.softmax(-1)))
+    return found
+
+
 def loss_of(world: World, weights: Mapping[str, np.ndarray], objective: str = "entropy") -> float:
     """The sum over tasks of the mean loss, in float64, of models that have these weights and their own heads."""
     total = 0.0
-    for task, folder in zip(TASKS, world.models, strict=True):
-        tokens = AutoTokenizer.from_pretrained(folder)(world.words[task], padding=True, return_tensors="pt")
-        model = RobertaForSequenceClassification.from_pretrained(folder).double().eval()
+    for model, tokens, own in answering(world):
         with torch.no_grad():
-            own = model(**tokens).logits.softmax(-1)
             model.roberta.load_state_dict({n: torch.from_numpy(w) for n, w in weights.items()}, strict=False)
             predicted = model(**tokens).logits.log_softmax(-1)
         target = predicted.exp() if objective == "entropy" else own
