@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, RobertaForSequenceClassification
 
 import cart_hf
 from cart_hf.adaptation.inputs import Inputs
+from cart_hf.adaptation.learn import ends
 from cart_hf.adaptation.objective import distance, entropy
 from cart_hf.compression.merged import merge_as_adapter
 from cart_hf.methods import all_methods
@@ -383,6 +384,13 @@ def test_entropy_and_distance_are_what_scipy_says():
     sure = torch.tensor([[1000.0, 0.0]], requires_grad=True)
     entropy(sure).sum().backward()
     assert torch.isfinite(sure.grad).all()
+
+
+def test_the_ends_of_a_curve_do_not_overlap():
+    assert ends([]) is None
+    assert ends([4.0]) == (4.0, 4.0)
+    assert ends([4.0, 3.0, 1.0]) == (4.0, 1.0)
+    assert ends([*[2.0] * 25, *[9.0] * 50, *[1.0] * 25]) == (2.0, 1.0)
 
 
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 5), st.integers(0, 3))

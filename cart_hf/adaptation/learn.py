@@ -49,6 +49,14 @@ class History:
         return [sum(step) for step in zip(*self.losses.values(), strict=True)]
 
 
+def ends(losses: Sequence[float]) -> tuple[float, float] | None:
+    """Return the mean loss of the first steps and of the last: of a window each, of half of all where they are few."""
+    if not losses:
+        return None
+    count = max(1, min(WINDOW, len(losses) // 2))
+    return sum(losses[:count]) / count, sum(losses[-count:]) / count
+
+
 @dataclass
 class _Progressing:
     """What an interrupted run goes on with."""

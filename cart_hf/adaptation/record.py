@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from cart_hf.adaptation.figures import curves, heat_map
 from cart_hf.adaptation.inputs import Inputs
-from cart_hf.adaptation.learn import WINDOW, History
+from cart_hf.adaptation.learn import History, ends
 from cart_hf.adaptation.learnable import Learnable
 from cart_hf.adaptation.terms import Terms
 from cart_hf.errors import UserError
@@ -62,7 +62,7 @@ def record(
 
     :param fixed: how many tensors have coefficients that no task's output depends on.
     """
-    first, last = history.total[:WINDOW], history.total[-WINDOW:]
+    first, last = ends(history.total) or (None, None)
     return {
         **adaptation.model_dump(exclude={"split", "limit", "init", "patience"}),
         "steps": history.steps,
@@ -78,7 +78,7 @@ def record(
             for one in inputs
         },
         "tensors": {"learnt": len(coefficients.values), "fixed": fixed},
-        "loss": {"first": _mean(first), "last": _mean(last)},
+        "loss": {"first": first, "last": last},
     }
 
 
@@ -132,7 +132,3 @@ def _initial(plan: Plan, coefficients: Coefficients) -> float | None:
         for value in plan.own_coefficients(group) or ()
     }
     return own.pop() if len(own) == 1 else None
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return round(sum(values) / len(values), 6) if values else None

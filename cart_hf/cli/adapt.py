@@ -274,11 +274,11 @@ def share(recipe: Recipe, target: Path, arguments: dict[str, Any]) -> Told:
 
 
 def _rows(made: Adapted) -> list[tuple[str, ...]]:
-    from cart_hf.adaptation.learn import WINDOW
+    from cart_hf.adaptation.learn import ends
 
     rows: list[tuple[str, ...]] = []
     for task, losses in made.history.losses.items():
-        means = (f"{sum(part) / len(part):.3f}" if part else "-" for part in (losses[:WINDOW], losses[-WINDOW:]))
+        means = [f"{mean:.3f}" for mean in ends(losses) or ()] or ["-", "-"]
         told = made.coefficients.record["tasks"][task]
         rows.append((task, str(told["inputs"]), str(told["held_out"]), *means))
     return rows
