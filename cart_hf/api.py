@@ -19,7 +19,7 @@ from cart_hf.output.record import write_record
 from cart_hf.output.state import State, check_alike
 from cart_hf.output.unfinished import cannot_write, merge_folder
 from cart_hf.output.writer import WeightWriter, allocate, missing_bytes
-from cart_hf.parallel import Progress, in_parallel
+from cart_hf.parallel import Progress, in_parallel, silent
 from cart_hf.plan import Plan, Shard, lay_out, make_plan
 from cart_hf.processes import Processes, StoppedError, join
 from cart_hf.publishing.card import write_card
@@ -139,11 +139,11 @@ def merge(
     target = resolved_target(output)
     if workers is not None and workers < 1:
         raise UserError(f"workers: must be at least 1, not {workers}")
-    store = _factor_store(recipe, factors, factors_rank_ratio)
+    store = factor_store(recipe, factors, factors_rank_ratio)
     processes = join(device)
     processes.by_main(lambda: check_target(target, overwrite=overwrite))
     if not processes.is_main:
-        progress = _silent
+        progress = silent
     seconds: dict[str, float] = {}
     job, state = _prepare(recipe, target, processes, store, progress, seconds)
     found = job.factors_found()
@@ -153,7 +153,7 @@ def merge(
     return MergeResult(target, job.plan, seconds, found)
 
 
-def _factor_store(recipe: Recipe, folder: str | Path | None, rank_ratio: float | None) -> FactorStore | None:
+def factor_store(recipe: Recipe, folder: str | Path | None, rank_ratio: float | None) -> FactorStore | None:
     """Return where the factors are kept, if they are.
 
     :raises UserError: for a method without factors, or what is no folder or no ratio.
@@ -191,10 +191,6 @@ def plan_merge(recipe: Recipe, progress: Progress | None = None) -> Plan:
     plan = make_plan(recipe, checkpoints[0] if base else None, checkpoints[len(base) :])
     tokenizer_source(plan)  # a wrong name must be found before the work
     return plan
-
-
-def _silent(step: str, advance: int, total: int) -> None:
-    """Report nothing; no progress at all would have the Hub's client report in its own way."""
 
 
 def _prepare(

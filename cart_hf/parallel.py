@@ -22,6 +22,10 @@ class Progress(Protocol):
         """Take note."""
 
 
+def silent(step: str, advance: int, total: int) -> None:
+    """Report nothing; with no progress at all, libraries such as the Hub's client would report in their own ways."""
+
+
 def cores() -> int:
     """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

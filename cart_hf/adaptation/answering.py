@@ -10,7 +10,7 @@ import torch
 
 from cart_hf.adaptation.inputs import Inputs
 from cart_hf.errors import UserError, did_you_mean
-from cart_hf.evaluation.heads import check_modality, head_of
+from cart_hf.evaluation.heads import check_modality, head_of, make_zero_shot
 from cart_hf.evaluation.model import Located, Model, load, locate
 from cart_hf.evaluation.prediction import predict
 from cart_hf.parallel import Progress
@@ -108,8 +108,5 @@ def _head(model: Model, one: Inputs, head: str) -> str:
     check_modality(one.task, model)
     if model.add_zero_shot is None:
         return head
-    names = one.task.classes or one.data.label_names
-    if not names:
-        raise UserError(f"task '{one.task.name}': nothing names its classes: add `classes: [...]` to the task")
-    model.add_zero_shot(one.task.name, head, names, one.task.templates)
+    make_zero_shot(model, head, one.data)
     return one.task.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,7 +65,7 @@ class _Progressing:
     best: float = float("inf")
     best_state: list[torch.Tensor] | None = None
     since_best: int = 0
-    finished: bool = field(default=False)
+    finished: bool = False
 
 
 @dataclass(frozen=True)

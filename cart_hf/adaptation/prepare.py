@@ -14,7 +14,7 @@ from cart_hf.linalg.low_rank import Factors
 from cart_hf.merging.pieces import Thresholds, chunk_terms, decomposed
 from cart_hf.merging.shares import Piece, pieces
 from cart_hf.merging.survey import magnitude_thresholds
-from cart_hf.parallel import Progress, in_parallel, one_blas_thread
+from cart_hf.parallel import Progress, in_parallel, one_blas_thread, silent
 from cart_hf.plan import Group, Plan
 from cart_hf.processes import Processes
 
@@ -84,7 +84,7 @@ class Preparation:
         if self.plan.method.survey != "magnitude":
             return {}
         with one_blas_thread():
-            return magnitude_thresholds(self.plan, self.workers, progress or _silent, Processes(0, 1, self.device))
+            return magnitude_thresholds(self.plan, self.workers, progress or silent, Processes(0, 1, self.device))
 
     def _room(self, place: int, group: Group, *, fill: bool) -> Rows:
         first = group.tensors[0]
@@ -146,7 +146,3 @@ def parameters_of(model: torch.nn.Module, plan: Plan) -> dict[str, torch.nn.Para
             found[tensor.name] = weight
             used.add(id(weight))
     return found
-
-
-def _silent(step: str, advance: int, total: int) -> None:
-    """Report nothing."""

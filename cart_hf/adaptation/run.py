@@ -11,15 +11,13 @@ from cart_hf.adaptation.inputs import Inputs, read_inputs
 from cart_hf.adaptation.job import STATE_FILE, Adapted, Job, TermsPlace, timed
 from cart_hf.adaptation.objective import check_objective
 from cart_hf.adaptation.request import request, static
-from cart_hf.api import plan_merge, resolved_target
+from cart_hf.api import factor_store, plan_merge, resolved_target
 from cart_hf.errors import UserError
-from cart_hf.factors import open_store
 from cart_hf.merging import default_workers
-from cart_hf.methods import get_method
 from cart_hf.output.folder import check_inputs, check_target
 from cart_hf.output.state import check_alike
 from cart_hf.output.unfinished import merge_folder
-from cart_hf.parallel import Progress
+from cart_hf.parallel import Progress, silent
 from cart_hf.plan import Plan
 from cart_hf.processes import Processes, join
 from cart_hf.recipe import Adaptation, Recipe
@@ -100,7 +98,7 @@ def adapt(
     processes = join(device)
     processes.by_main(lambda: check_target(target, overwrite=overwrite))
     if not processes.is_main:
-        progress = _silent
+        progress = silent
     seconds: dict[str, float] = {}
     with timed("plan", seconds):
         job = _prepared(wanted, target, processes, workers, terms, factors, progress)
@@ -127,7 +125,8 @@ def _prepared(
 ) -> Job:
     """Look at everything before the work: the plan, the weights, the tasks and their inputs."""
     adaptation, evaluation = wanted.adapt or Adaptation(), evaluation_of(wanted)
-    place = _factor_folder(wanted, factors)
+    store = factor_store(wanted, factors, None)
+    place = store.folder if store is not None else None
     tasks = find_tasks(evaluation.tasks, suite=evaluation.suite, tasks_file=evaluation.tasks_file)
     check_objective(adaptation.objective, tasks)
     for task in tasks:
@@ -142,21 +141,3 @@ def _prepared(
     plan, inputs = processes.everywhere(prepare, in_turns=True)
     threads = workers or default_workers(plan, processes)
     return Job(wanted, adaptation, evaluation, plan, inputs, target, processes, threads, terms, place, progress)
-
-
-def _factor_folder(wanted: Recipe, factors: str | Path | None) -> Path | None:
-    """Return the user's folder of factors, if there is one.
-
-    :raises UserError: when it is none, or the method has no factors.
-    """
-    if factors is None:
-        return None
-    method, place = get_method(wanted.merge_method), resolved_target(factors)
-    if method.of_factors is None:
-        raise UserError(f"--factors: {method.name} decomposes nothing; leave it out")
-    open_store(place)
-    return place
-
-
-def _silent(step: str, advance: int, total: int) -> None:
-    """Report nothing; no progress at all would have libraries report in their own ways."""

@@ -287,13 +287,13 @@ def _rows(made: Adapted) -> list[tuple[str, ...]]:
 def _lines(made: Adapted) -> list[str]:
     from cart_hf.adaptation.record import by_task
     from cart_hf.cli.console import size
+    from cart_hf.publishing.adaptation import GRANULARITIES
 
     told, output = made.coefficients.record, made.output
     values = [value for learnt in by_task(made.plan, made.coefficients).values() for value in learnt.values()]
     steps = f"{told['steps']} steps" + (" (stopped early)" if told["stopped_early"] else "")
-    shared = {"task": "task", "layer": "task and layer", "tensor": "task and tensor"}[told["granularity"]]
     lines = [
-        f"{steps} on {told['objective']}: a coefficient for each {shared}, "
+        f"{steps} on {told['objective']}: a coefficient for {GRANULARITIES[told['granularity']]}, "
         f"now from {min(values):.3f} to {max(values):.3f}, in {told['tensors']['learnt']} tensors",
         f"wrote {size(made.plan.nbytes)} to {output} in {sum(made.seconds.values()):.1f} s "
         f"({made.seconds['adapt']:.1f} s adapting)",

@@ -38,6 +38,21 @@ def check_modality(task: Task, model: Model) -> None:
         raise UserError(f"task '{task.name}': its examples are {needed}s, the model reads {model.modality}s")
 
 
+def make_zero_shot(model: Model, head: str, data: TaskData) -> Sequence[str]:
+    """Give a CLIP the head of a task, made from the names of its classes; return these, in the order of the logits.
+
+    :param head: the adapter that answers, where there are adapters.
+    :raises UserError: when nothing names the classes.
+    """
+    task = data.task
+    names = task.classes or data.label_names
+    if not names:
+        raise UserError(f"task '{task.name}': nothing names its classes: add `classes: [...]` to the task")
+    assert model.add_zero_shot is not None  # what a CLIP has
+    model.add_zero_shot(task.name, head, names, task.templates)
+    return names
+
+
 def logit_order(data: TaskData, head: Sequence[str], mapping: str) -> list[int] | None:
     """Return for each label of the data the position of its logit; None for a regression.
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from cart_hf.errors import UserError
 from cart_hf.evaluation.adapted import adapted_inputs, inputs_of, unseen
-from cart_hf.evaluation.heads import check_modality, head_of, logit_order
+from cart_hf.evaluation.heads import check_modality, head_of, logit_order, make_zero_shot
 from cart_hf.evaluation.model import Located, Model, load
 from cart_hf.evaluation.prediction import predict
 from cart_hf.evaluation.results import TaskResult
@@ -45,7 +45,6 @@ class Outcome:
     predictions: np.ndarray | None = None
 
 
-Found = TypeVar("Found")
 Report = Callable[[str, Outcome], None]
 Reader = Callable[[Task], TaskData]
 
@@ -90,13 +89,13 @@ def run_tasks(
             heads[task.name] = head_of(task, located, evaluation.heads)
     model: Model | None = None
     identity = _identity(located, base, processes) if heads else ""
-    adapted = _everywhere(processes, lambda: adapted_inputs(located)) if heads else None
+    adapted = processes.everywhere(lambda: adapted_inputs(located)) if heads else None
     for group in _groups([task for task in tasks if task.name in heads], evaluation):
         started = time.perf_counter()
         ready = []
         for task in group:
             with _reporting(task, report):
-                data = _everywhere(processes, partial(read, task))
+                data = processes.everywhere(partial(read, task))
                 # the first process decides for all: caches on other machines may differ from its own
                 settings = processes.gather(_settings(identity, task, data, evaluation, adapted))[0]
                 earlier = processes.gather(known(task, settings) if processes.is_main else None)[0]
@@ -110,13 +109,6 @@ def run_tasks(
         if model is None:
             model = load(located, list(dict.fromkeys(heads.values())), base=base, device=processes.device)
         _run_group(model, ready, evaluation, processes, report, progress, started)
-
-
-def _everywhere(processes: Processes, read: Callable[[], Found]) -> Found:
-    """Return in every process what is read there, or raise in all of them."""
-    own: list[Found] = []
-    processes.together(lambda: own.append(read()))
-    return own[0]
 
 
 def _run_group(
@@ -180,11 +172,7 @@ def _order(model: Model, ready: _Ready, evaluation: Evaluation) -> list[int] | N
     if model.add_zero_shot is None:
         mapping = evaluation.label_mapping or task.label_mapping
         return logit_order(ready.data, model.labels[ready.head], mapping)
-    names = task.classes or ready.data.label_names
-    if not names:
-        raise UserError(f"task '{task.name}': nothing names its classes: add `classes: [...]` to the task")
-    model.add_zero_shot(task.name, ready.head, names, task.templates)
-    return list(range(len(names)))
+    return list(range(len(make_zero_shot(model, ready.head, ready.data))))
 
 
 def reader(evaluation: Evaluation, *, labelled: bool = True) -> Reader:

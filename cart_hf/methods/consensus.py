@@ -30,9 +30,10 @@ def coefficients(*, scale: float, mask_threshold: Sequence[float], **_: Any) -> 
 def _votes(task_vectors: torch.Tensor, total: torch.Tensor, mask_threshold: Sequence[float]) -> torch.Tensor:
     """Count the tasks that need each entry."""
     votes = total.new_zeros(total.shape)  # masks are numbers: torch computes with them faster than with booleans
+    needed = total.new_empty(total.shape)
     for task_vector, threshold in zip(task_vectors, mask_threshold, strict=True):
         others = (total - task_vector).abs_().mul_(threshold)
-        votes.add_(task_vector.abs().gt_(others))
+        votes.add_(needed.copy_(task_vector).abs_().gt_(others))
     return votes
 
 

@@ -140,9 +140,9 @@ def _load_all() -> None:
 
 
 def all_methods() -> dict[str, Method]:
-    """Return every registered method by name."""
+    """Return every registered method by name: ours first, in one order whichever module was imported before."""
     _load_all()
-    return dict(_METHODS)
+    return {name: _METHODS[name] for name in dict.fromkeys((*BUILT_IN, *_METHODS))}
 
 
 def get_method(name: str) -> Method:

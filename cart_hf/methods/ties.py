@@ -34,7 +34,7 @@ def agreeing(
         mass.add_(task_vector.mul_(sign).clamp_(min=0.0).sign(), alpha=w)
         task_vector.mul_(w)
     if normalize:
-        models.div_(mass.add_(mass.eq(0.0)))
+        models.div_(mass.add_(mass.clone().eq_(0.0)))
     return base, models.mul_(sign)
 
 
@@ -110,5 +110,5 @@ def ties(
         total.add_(agreeing, alpha=w)
         mass.add_(agreeing.sign_(), alpha=w)
     if normalize:
-        total.div_(mass.add_(mass.eq(0.0)))
+        total.div_(mass.add_(mass.clone().eq_(0.0)))
     return total.mul_(sign).mul_(scale).add_(base)

@@ -16,7 +16,7 @@ _OBJECTIVES = {
     "entropy": "the entropy of the merged model's predictions",
     "self-labels": "the difference between the merged model's predictions and those of each task's own model",
 }
-_GRANULARITIES = {"task": "each task", "layer": "each task and layer", "tensor": "each task and tensor"}
+GRANULARITIES = {"task": "each task", "layer": "each task and layer", "tensor": "each task and tensor"}
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
 _IMAGES = {"coefficients.png": "λ of each task", "curves.png": "loss over the steps"}
 _FILES = {
@@ -37,7 +37,7 @@ def described(adaptation: Mapping[str, Any] | None, folder: Path) -> dict[str, A
     return {
         **adaptation,
         "minimised": _OBJECTIVES.get(adaptation["objective"], adaptation["objective"]),
-        "each": _GRANULARITIES.get(adaptation["granularity"], adaptation["granularity"]),
+        "each": GRANULARITIES.get(adaptation["granularity"], adaptation["granularity"]),
         "optimizer": _OPTIMIZERS.get(adaptation["optimizer"], adaptation["optimizer"]),
         "table": markdown(_table(adaptation["tasks"])),
         "images": {f"{ADAPTATION_FOLDER}/{name}": text for name, text in _IMAGES.items() if (inside / name).is_file()},
