@@ -48,6 +48,7 @@ from merge_commands import (
     weight_files,
 )
 from merge_scaling import calculate, scaling
+from weight_names import find
 
 from cart_hf.cli.console import quiet_libraries, size
 from cart_hf.tables import Table, markdown
@@ -200,7 +201,7 @@ def agreement(rows: list[Row], folder: Path) -> dict[str, float]:
         right = checkpoints.open_weights(folder / f"out-{row.name}")
         differences = []
         for name in right:
-            if checkpoints.find(left, name):
+            if find(left, name):
                 mine, other = checkpoints.read(left, name), checkpoints.read(right, name)
                 differences.append(float((mine - other).norm() / mine.norm().clamp_min(1e-30)))
         worst[row.name] = max(differences)

@@ -30,6 +30,7 @@ from transformers import (
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
 )
+from weight_names import find
 
 MAX_SHARD = 5 * 10**9
 POWER = 0.6
@@ -213,11 +214,6 @@ def open_weights(place: Path) -> dict[str, Any]:
     """Return the open file that holds each tensor of a checkpoint's folder (or one file), by the tensor's name."""
     files = [safe_open(path, "pt") for path in (sorted(place.glob("*.safetensors")) if place.is_dir() else [place])]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
-
-
-def find(weights: Mapping[str, Any], name: str) -> str | None:
-    """Return the name that a tensor of a fine-tuned model has in a base or a merge: a vision model's gets a prefix."""
-    return next((found for found in (name, f"vision_model.{name}") if found in weights), None)
 
 
 def read(weights: Mapping[str, Any], name: str) -> torch.Tensor:

@@ -27,8 +27,8 @@ MATRIX = re.compile(r"\blayers?\.\d+\.(?P<kind>.*)\.weight$")
 def official(arguments: argparse.Namespace) -> None:
     """Write ``A + scale * sum_t SVD_k(τ_t + θ_0 - A)`` of the backbone to one file."""
     import torch
-    from merge_checkpoints import find
     from safetensors.torch import load_file, save_file
+    from weight_names import find
 
     torch.set_num_threads(CORES)
     base = load_file(arguments.base / "model.safetensors")

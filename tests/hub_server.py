@@ -175,6 +175,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection: finds the route, keeps the log, and turns errors into the Hub's error headers."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body that follows its header would wait 40 ms for the client's word
     server: Hub
     body = b""
 

@@ -1,4 +1,4 @@
-"""Merges in processes of their own, which may be killed: forked from one that has imported everything, they start at once."""
+"""Commands in processes of their own, which may be killed: forked from one that has imported everything, they start at once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from commands import Answer
 
 import cart_hf
@@ -23,6 +24,7 @@ CHILDREN = multiprocessing.get_context("forkserver")
 PRELOADED = """
 cart_hf.api cart_hf.cli.merge cart_hf.cli.console cart_hf.methods.cart accelerate.utils huggingface_hub.hf_api
 transformers.models.roberta.modeling_roberta transformers.conversion_mapping
+cart_hf.adaptation cart_hf.evaluation.api cart_hf.evaluation.metrics
 """
 CHILDREN.set_forkserver_preload(PRELOADED.split())
 
@@ -86,6 +88,14 @@ def start_slurm_step(folder: Path, work: Callable[..., None], *arguments: Any) -
     job = time.time_ns() // 1_000_000  # the port that they meet at is made from it
     shared = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NODELIST": "localhost"}
     return [start(folder, work, *arguments, **shared, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in (0, 1)]
+
+
+def fork_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``--num-processes`` fork its processes from that one, too, where it would start each afresh."""
+    from torch.distributed.launcher import api
+
+    config = api.LaunchConfig
+    monkeypatch.setattr(api, "LaunchConfig", lambda **given: config(**given | {"start_method": "forkserver"}))
 
 
 def command(*words: object) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,14 @@ METHODS = {
     "task_arithmetic": {"scale": 0.3},
     "ties": {"density": 0.4, "scale": 0.8},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_figures() -> Iterator[None]:
+    """Be a machine without matplotlib: drawing takes longer than learning. `test_adapt_runs.py` looks at figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        yield
 
 
 @dataclass(frozen=True, eq=False)

@@ -542,7 +542,7 @@ FINITE = "must be a finite number"
 FLAGS = [
     case("method", ["--method", "cartt"], "merge_method", "'cartt'", "did you mean 'cart'?"),
     case("method with a dash", ["--method", "task-arithmetic"], "did you mean 'task_arithmetic'?"),
-    case("method like nothing", ["--method", "zzz"], "'zzz'", "known: average", "cart", "ties"),
+    case("method like nothing", ["--method", "zzz"], "'zzz'", "known: cart, average", "ties"),
     case("flag", ["--rank-ration", "0.1"], "--rank-ration", "Did you mean --rank-ratio?"),
     case("argument", ["a", "b", "c"], "'c'"),
     case("no value", ["--rank"], "--rank"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -33,22 +35,28 @@ DATA_SETS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def made_before(tmp_path, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Work in a folder that has what `cart-hf convert` and our scripts would have written."""
+    folder = tmp_path_factory.mktemp("recipes")
     for name in [*PAPER, *LOCAL]:
-        for place in [declared(name)["base_model"], *(entry["model"] for entry in declared(name)["models"])]:
+        declared = yaml.safe_load(text_of(name))
+        for place in [declared["base_model"], *(entry["model"] for entry in declared["models"])]:
             if place.startswith("./"):
-                (tmp_path / place).mkdir(parents=True, exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+                (folder / place).mkdir(parents=True, exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
 
 
 def text_of(name: str) -> str:
     return RECIPES[name].read_text(encoding="utf-8")
 
 
-def declared(name: str) -> dict:
-    return yaml.safe_load(text_of(name))
+@cache
+def loaded(name: str) -> Recipe:
+    """Return a recipe as it is read in :func:`folder`."""
+    return Recipe.load(RECIPES[name])
 
 
 def commands(name: str) -> list[list[str]]:
@@ -117,7 +125,7 @@ def test_header_leads_from_the_recipe_to_the_table(name):
     first = ["recipes", "merge", "merge", "evaluate", "benchmark"]
     assert [verb for verb in verbs if verb not in ("convert", "tasks")] == first
     assert "--dry-run" in of_verb(name, "merge")[0]
-    evaluation, (words,) = Recipe.load(RECIPES[name]).evaluation, of_verb(name, "evaluate")
+    evaluation, (words,) = loaded(name).evaluation, of_verb(name, "evaluate")
     assert after(words, "--suite") == evaluation.suite
     assert after(words, "--label-mapping") == evaluation.label_mapping
     assert after(words, "--tasks-file") == evaluation.tasks_file
@@ -126,7 +134,7 @@ def test_header_leads_from_the_recipe_to_the_table(name):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_models_are_the_suites_tasks(name):
-    recipe = Recipe.load(RECIPES[name])
+    recipe = loaded(name)
     assert tuple(entry.name for entry in recipe.models) == suites()[recipe.evaluation.suite]
     assert str(len(recipe.models)) in name.split("-")
 
@@ -134,7 +142,7 @@ def test_models_are_the_suites_tasks(name):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmark(name):
     """Every method we have, settings chosen off the scored split, and as many as the header says."""
-    recipe = Recipe.load(RECIPES[name])
+    recipe = loaded(name)
     trials = recipe.benchmark.methods
     assert {trial.method for trial in trials} == {"average", "task_arithmetic", "ties", "consensus", "dare", "cart"}
     assert {trial.method for trial in trials} <= set(all_methods())
@@ -149,7 +157,7 @@ def test_benchmark(name):
 @pytest.mark.parametrize("name", FUSION_BENCH)
 def test_fusion_bench_ids(name):
     backbone = BACKBONES[name.split("-")[2]]
-    recipe = Recipe.load(RECIPES[name])
+    recipe = loaded(name)
     assert str(recipe.base_model) == f"openai/clip-vit-{backbone}"
     for entry in recipe.models:
         assert re.fullmatch(rf"tanganke/clip-vit-{backbone}_[a-z0-9_-]+", str(entry.model))
@@ -158,7 +166,7 @@ def test_fusion_bench_ids(name):
 
 @pytest.mark.parametrize("name", GLUE)
 def test_glue_ids(name):
-    recipe = Recipe.load(RECIPES[name])
+    recipe = loaded(name)
     for entry in recipe.models:
         assert entry.model == Reference("vanillaOVO/roberta_base_glue_ckpts", None, entry.model.subfolder)
         assert re.fullmatch(rf"{entry.name}/roberta-base_lr[15]e-05", entry.model.subfolder)
@@ -169,7 +177,7 @@ def test_glue_ids(name):
 @pytest.mark.parametrize("name", PAPER)
 def test_converted_folders(name):
     """The folders are what the header's `cart-hf convert` writes, for the data set that the task is about."""
-    recipe = Recipe.load(RECIPES[name])
+    recipe = loaded(name)
     outputs = {}
     for words in of_verb(name, "convert"):
         assert after(words, "--base") == str(recipe.base_model)
@@ -186,7 +194,7 @@ def test_converted_folders(name):
 def test_the_papers_settings(name):
     """What the CART authors' configurations say, where there are any: prior is our scale."""
     _, _, backbone, size, _ = name.split("-")
-    parameters = Recipe.load(RECIPES[name]).parameters
+    parameters = loaded(name).parameters
     assert parameters["fuse_qkv"] is True
     if backbone == "b32":
         official = {"8": (0.12, 2.0), "14": (0.16, 1.5), "20": (0.32, 1.9)}[size]
@@ -196,28 +204,28 @@ def test_the_papers_settings(name):
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_our_own_benchmarks(name, tmp_path):
+def test_our_own_benchmarks(name, folder):
     """The header's tasks file makes every task known, and settings are chosen off the scored split."""
-    recipe = Recipe.load(RECIPES[name])
+    recipe = loaded(name)
     written = "".join(re.findall(r"^#   (tasks: .*)$", text_of(name), flags=re.MULTILINE))
     written = written or (Path(__file__).parents[1] / "scripts" / "image_tasks.yaml").read_text(encoding="utf-8")
-    (tmp_path / "tasks.yaml").write_text(written)
-    found = find_tasks(recipe.evaluation.tasks, tasks_file=tmp_path / recipe.evaluation.tasks_file)
+    (folder / "tasks.yaml").write_text(written)
+    found = find_tasks(recipe.evaluation.tasks, tasks_file=folder / recipe.evaluation.tasks_file)
     assert [task.name for task in found] == [entry.name for entry in recipe.models]
     assert recipe.benchmark.selection.split == "validation" != recipe.evaluation.split
     verbs = [words[1] for words in commands(name)]
     assert verbs == ["recipes", "merge", "merge", "evaluate", "benchmark"]
 
 
-def test_emnist_is_declared_as_the_header_says(tmp_path):
+def test_emnist_is_declared_as_the_header_says(folder):
     """`cart-hf tasks emnist_digits > emnist.yaml` and one more line make a suite whose every task has its data."""
     name = "clip-vit-b32-20-paper"
     assert of_verb(name, "tasks") == [["emnist_digits", ">", "emnist.yaml"]]
     added = re.search(r"`(dataset: \S+)`", text_of(name))[1]
-    (tmp_path / "emnist_digits").mkdir()
+    (folder / "emnist_digits").mkdir()
     text = succeed("tasks", "emnist_digits").out
-    (tmp_path / "emnist.yaml").write_text(f"{text}    {added}\n", encoding="utf-8")
-    evaluation = Recipe.load(RECIPES[name]).evaluation
+    (folder / "emnist.yaml").write_text(f"{text}    {added}\n", encoding="utf-8")
+    evaluation = loaded(name).evaluation
     tasks = find_tasks(suite=evaluation.suite, tasks_file=evaluation.tasks_file)
     assert len(tasks) == 20
     assert all(task.dataset is not None for task in tasks)

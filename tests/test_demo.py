@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import succeed
+from merge_children import CHILDREN
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaForMaskedLM
 
 from cart_hf import MultiTaskModel, Recipe, Results, UserError
@@ -18,7 +20,7 @@ from cart_hf.demo.training import SHAPE, Training
 from cart_hf.evaluation.results import TaskResult
 
 STEPS = 140
-TEST_ROWS = 150
+TEST_ROWS = 90
 METHODS = ("average", {"method": "cart", "parameters": {"rank_ratio": 0.1}, "grid": {"scale": [1.0, 2.0]}})
 
 
@@ -35,8 +37,10 @@ def demo(tmp_path_factory):
         patch.setenv("CART_HF_CACHE", str(folder.parent / "cache"))
         patch.setattr("cart_hf.demo.training.SHAPE", SHAPE | {"num_hidden_layers": 1})
         patch.setattr("cart_hf.demo.run.TEST_ROWS", TEST_ROWS)
-        patch.setattr("cart_hf.demo.run.VALIDATION_ROWS", 60)
+        patch.setattr("cart_hf.demo.run.VALIDATION_ROWS", 30)
         patch.setattr("cart_hf.demo.run.cores", lambda: 1)  # the other one is another test's
+        # its processes are forked from one that has imported everything, where it would start each afresh
+        patch.setattr("cart_hf.demo.run.multiprocessing", SimpleNamespace(get_context=lambda _: CHILDREN))
         result = run_demo(folder, training=training, methods=METHODS, progress=count)
     return folder, {row.name: row for row in result.benchmark.rows}, steps
 

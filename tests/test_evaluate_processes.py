@@ -10,7 +10,7 @@ import datasets
 import pytest
 from checkpoints import make_clip, make_family
 from commands import call, succeed
-from merge_children import command, start_slurm_step
+from merge_children import command, fork_launched, start_slurm_step
 from shared_work import fail_crash_and_work, squares
 from small_tasks import images, numbers, save_processor, save_tokenizer, texts, write_split, write_tasks
 
@@ -30,8 +30,9 @@ def without_time(results: Results | dict[str, Any]) -> dict[str, Any]:
     return {name: {key: value for key, value in task.items() if key != "seconds"} for name, task in tasks.items()}
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that fails beside two that do not, one of them with fewer batches than processes."""
+    fork_launched(monkeypatch)
     _, (model,) = make_family(tmp_path, "roberta", tasks=1)
     save_tokenizer("roberta", model)
     labels = ["roberta0-1", "roberta0-0"]
@@ -85,8 +86,9 @@ def test_a_step_of_slurm(tmp_path: Path) -> None:
     assert (first.err + second.err).count("2 of 13 images cannot be decoded") == 1
 
 
-def test_an_error_in_one_process_reaches_all() -> None:
+def test_an_error_in_one_process_reaches_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a mistake nor a bug in one of them leaves the other waiting; both go on, and the launcher tells."""
+    fork_launched(monkeypatch)
     with pytest.raises(UserError) as failure:
         launch(fail_crash_and_work, 2, upto=5)
     assert failure.value.problems == [

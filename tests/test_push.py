@@ -424,6 +424,7 @@ def test_ctrl_c_says_how_to_go_on(trouble: Trouble) -> None:
         env=environment(world.hub.url, world.folder / "home", HF_TOKEN=WRITER),
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored here, as under nohup
     )
     assert arrived.wait(60)
     pushing.send_signal(signal.SIGINT)

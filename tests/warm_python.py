@@ -18,13 +18,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 SERVER = """
-import importlib.util, json, os, signal, sys
+import gc, importlib.util, json, os, signal, sys
 # each is a second of every process that works with models
 for name in ("torch._dynamo", "torch.distributed.tensor", "pandas", "pyarrow.dataset", "sklearn.metrics", "scipy.stats", "jinja2"):
     if importlib.util.find_spec(name.partition(".")[0]):
         importlib.import_module(name)
 readers = {"cart_hf", "huggingface_hub", "transformers", "datasets", "evaluate", "accelerate", "peft"} & set(sys.modules)
 assert not readers, f"imported before the settings are known: {readers}"
+gc.freeze()  # or every child, when it ends, looks for garbage in all of this for more than a second
 for line in sys.stdin:
     child = os.fork()
     if not child:
