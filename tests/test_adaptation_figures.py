@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from cart_hf.adaptation.figures import curves, heat_map
-from cart_hf.adaptation.figures.blocks import blocks_of, in_order
 from cart_hf.errors import UserError
+from cart_hf.figures.blocks import blocks_of, in_order
 
 TASKS = ("sst2", "stanford_cars", "$x_0")
 LAYERED = ["vision_model.embeddings.a", "vision_model.pre_layrnorm.b"]

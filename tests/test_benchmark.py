@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from checkpoints import make_clip, make_family
+from checkpoints import make_clip
 from commands import call, refuse, succeed
-from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file, save_file
-from small_tasks import save_tokenizer
+from small_benchmark import TASKS, make_world, recipe_of
 
 import cart_hf
 import cart_hf.api
@@ -24,29 +23,13 @@ from cart_hf.benchmarking.sizes import individual_bytes, merged_bytes
 from cart_hf.linalg import low_rank
 from cart_hf.methods import all_methods
 from cart_hf.recipe import Trial
-
-TASKS = ("red", "green", "blue")
-WORDS = ("one", "two", "three", "four", "five", "six", "seven")
+from cart_hf.tuning.sample import Sample
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base, a model for each task, examples whose labels the models half agree with, and a recipe."""
     folder = tmp_path_factory.mktemp("world")
-    base, models = make_family(folder, "roberta")
-    family = {"base": base, **dict(zip(TASKS, models, strict=True))}
-    save_tokenizer("roberta", base, *models)
-    for number, task in enumerate(TASKS):
-        names = [f"label {i}" for i in range(number + 2)]
-        features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})
-        for split, count in (("validation", 12), ("test", 25)):
-            texts = [" ".join(WORDS[(i * j + number) % 7] for j in range(1, 2 + i % 5)) for i in range(count)]
-            rows = {"sentence": texts, "label": [(i * 7 + number) % (number + 2) for i in range(count)]}
-            (folder / "data" / task).mkdir(parents=True, exist_ok=True)
-            Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / task / f"{split}.parquet")
-    task = {"kind": "text-classification", "text": ["sentence"], "label_mapping": "index"}
-    (folder / "tasks.yaml").write_text(yaml.safe_dump({"tasks": {name: dict(task) for name in TASKS}}))
-    return folder, family
+    return folder, make_world(folder)
 
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -54,18 +37,7 @@ pytestmark = pytest.mark.usefixtures("own_caches")
 
 @pytest.fixture
 def recipe(world):
-    folder, family = world
-    return {
-        "merge_method": "cart",
-        "base_model": str(family["base"]),
-        "models": [{"model": str(family[name]), "name": name} for name in TASKS],
-        "parameters": {"rank": 2},
-        "evaluation": {
-            "tasks": list(TASKS),
-            "tasks_file": str(folder / "tasks.yaml"),
-            "data": str(folder / "data"),
-            "split": "test",
-        },
+    return recipe_of(*world) | {
         "benchmark": {
             "methods": [
                 "average",
@@ -259,24 +231,23 @@ def test_adapters_are_stored_with_one_base(world, tmp_path):
 def test_resume_measures_nothing_twice(recipe, tmp_path, monkeypatch):
     """A run that is killed half-way goes on; a changed model starts again."""
     path, output = write(tmp_path, recipe), tmp_path / "out"
-    merges = []
-    real = benchmarking.merge
+    measured = []
+    real = Sample.measure
 
-    def counted(variant, **options):
-        merges.append(variant.merge_method)
-        if len(merges) == 3:
+    def counted(sample, name, folder, **options):
+        measured.append(name)
+        if len(measured) == 3:
             raise KeyboardInterrupt
-        return real(variant, **options)
+        return real(sample, name, folder, **options)
 
-    monkeypatch.setattr(benchmarking, "merge", counted)
+    monkeypatch.setattr(Sample, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
         cart_hf.benchmark(cart_hf.Recipe.load(path), output=output)
-    finished = len(merges) - 1
+    finished = len(measured) - 1
     resumed = cart_hf.benchmark(cart_hf.Recipe.load(path), output=output, resume=True)
     points = 1 + 1 + (3 + 1) + (2 + 1)  # pretrained, average, task arithmetic, cart
-    assert len(merges) - 1 - finished == points - finished
-    merges.clear()
-    monkeypatch.setattr(benchmarking, "merge", real)
+    assert len(measured) - 1 - finished == points - finished
+    monkeypatch.setattr(Sample, "measure", real)
     whole = cart_hf.benchmark(cart_hf.Recipe.load(path), output=tmp_path / "whole")
     strip = [{name: r.metrics for name, r in row.results.tasks.items()} for row in whole.rows]
     assert strip == [{name: r.metrics for name, r in row.results.tasks.items()} for row in resumed.rows]

@@ -12,29 +12,30 @@ from typing import Any
 from cart_hf import __version__
 from cart_hf.adaptation import adapt
 from cart_hf.api import merge, plan_merge, resolved_target
-from cart_hf.benchmarking.ledger import LEDGER_FILE, Ledger, Measured
 from cart_hf.benchmarking.rows import COMPRESS, INDIVIDUAL, PRETRAINED, Row, display_name, trials_of
 from cart_hf.benchmarking.sizes import individual_bytes, merged_bytes, size_of
 from cart_hf.compression import compress, plan_compression
 from cart_hf.compression.preview import estimates
 from cart_hf.errors import UserError
 from cart_hf.evaluation.individual import score_individuals
-from cart_hf.evaluation.model import locate
-from cart_hf.evaluation.results import Results, TaskResult
-from cart_hf.evaluation.run import Outcome, Reader, reader, run_tasks
+from cart_hf.evaluation.results import Results
 from cart_hf.methods import get_method
 from cart_hf.output import check_replaceable
-from cart_hf.output.record import versions
 from cart_hf.parallel import Progress
 from cart_hf.plan import Plan
 from cart_hf.processes import Processes, join
 from cart_hf.recipe import Compression, Evaluation, Recipe, Selection, Trial
 from cart_hf.sources import fetch_weights
-from cart_hf.tasks import Task, TaskData, evaluation_of, find_tasks
+from cart_hf.tasks import evaluation_of
+from cart_hf.tuning.ledger import LEDGER_FILE, Ledger, Measured
+from cart_hf.tuning.merges import Merges, kept_factors
+from cart_hf.tuning.sample import Collected, Sample, sample_of, selected
+from cart_hf.tuning.search import Point, search_grid
 
 RECIPE_FILE = "recipe.yaml"
 MODELS_FOLDER = "models"
 FACTORS_FOLDER = "factors"
+ATTEMPTS_FOLDER = "attempts"
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,6 @@ def benchmark(
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """The examples of every task in one split, read once for all the models."""
-
-    evaluation: Evaluation
-    read: Reader
-
-
-@dataclass(frozen=True)
 class _Run:
     """A benchmark under way: what all its steps need."""
 
@@ -124,18 +117,16 @@ class _Run:
         return self.recipe.benchmark.selection if self.recipe.benchmark is not None else Selection()
 
     @cached_property
-    def scored(self) -> _Sample:
+    def scored(self) -> Sample:
         """What the rows are scored on."""
-        return _Sample(self.evaluation, _remembering(reader(self.evaluation)))
+        return sample_of(self.evaluation)
 
     @cached_property
-    def chosen(self) -> _Sample | None:
+    def chosen(self) -> Sample | None:
         """What settings are chosen on."""
         if self.selection is None:
             return None
-        limit = self.selection.limit or self.evaluation.limit
-        evaluation = self.evaluation.model_copy(update={"split": self.selection.split, "limit": limit})
-        return _Sample(evaluation, _remembering(reader(evaluation)))
+        return sample_of(selected(self.evaluation, self.selection))
 
     @cached_property
     def trials(self) -> list[Trial]:
@@ -147,13 +138,8 @@ class _Run:
         declared = self.recipe.benchmark.compress if self.recipe.benchmark is not None else None
         return declared.rows if declared is not None else []
 
-    @cached_property
-    def tasks(self) -> list[Task]:
-        wanted = self.evaluation
-        return find_tasks(wanted.tasks, suite=wanted.suite, tasks_file=wanted.tasks_file)
-
     @property
-    def samples(self) -> list[_Sample]:
+    def samples(self) -> list[Sample]:
         return [sample for sample in (self.scored, self.chosen) if sample is not None]
 
     @property
@@ -169,16 +155,15 @@ class _Run:
     def ledger(self) -> Ledger:
         fetch_weights(self.plan.checkpoints)
         weights = {c.name: c.fingerprint() for c in self.plan.checkpoints}
-        data = [[task.name, sample.read(task).fingerprint] for sample in self.samples for task in self.tasks]
-        declared = [task.model_dump(mode="json") for task in self.tasks]
+        data = [fingerprint for sample in self.samples for fingerprint in sample.fingerprints()]
+        declared = [task.model_dump(mode="json") for task in self.scored.tasks]
         return Ledger(self.target, {"cart_hf": __version__, "weights": weights, "data": data, "tasks": declared})
 
     def check(self) -> None:
         """Look at everything that can be wrong before the first merge."""
         problems: list[str] = []
         for sample in self.samples:
-            for task in self.tasks:
-                problems.extend(_problems(partial(sample.read, task)))
+            problems.extend(sample.problems())
         for trial in self.trials:
             problems.extend(_problems(partial(plan_merge, self._variant(trial, 0))))
         if self.compressions:
@@ -210,7 +195,8 @@ class _Run:
         rows.extend(self._row(trial) for trial in self.trials)
         if compressed:
             rows = [replace(row, nbytes=self._nbytes(row)) for row in rows] + compressed
-        shutil.rmtree(self.target / FACTORS_FOLDER, ignore_errors=True)
+        for name in (FACTORS_FOLDER, ATTEMPTS_FOLDER):
+            shutil.rmtree(self.target / name, ignore_errors=True)
         scores = {name: result.score for name, result in alone.tasks.items()}
         rows = [replace(row, results=replace(row.results, individual=scores)) for row in rows]
         return BenchmarkResult(self.target, rows, self.evaluation, self.selection)
@@ -239,25 +225,38 @@ class _Run:
 
     def _row(self, trial: Trial) -> Row:
         name, points = display_name(trial), trial.points
-        best, tried = 0, self._tried(name, trial) if len(points) > 1 else []
-        if tried:
-            best = max(range(len(points)), key=lambda position: tried[position]["average"] or 0.0)
+        best, tried = self._chosen(name, trial) if len(points) > 1 else (points[0], [])
         keep = self.target / MODELS_FOLDER / trial.name if self.keep_models else None
         factors = {} if keep else self._factors(trial)  # a model that is kept is what `cart-hf merge` would write
-        scored = self.recipe.variant(trial.method, points[best], trial.adapt)
+        scored = self.recipe.variant(trial.method, best, trial.adapt)
         results = self._measured(name, scored, self.scored, keep, factors).results
-        edges = trial.on_edge(points[best]) if tried else []
-        return Row(name, trial.method, points[best], edges, results, tried)
+        return Row(name, trial.method, best, trial.on_edge(best) if tried else [], results, tried)
 
-    def _tried(self, name: str, trial: Trial) -> list[dict[str, Any]]:
-        """Measure every point of a grid on the selection split."""
+    def _chosen(self, name: str, trial: Trial) -> tuple[Point, list[dict[str, Any]]]:
+        """Return the best point of a grid, and the average of every one on the selection split."""
         assert self.chosen is not None
-        tried = []
-        for position, parameters in enumerate(trial.points):
-            found = self._measured(name, self._variant(trial, position), self.chosen, None, self._factors(trial))
-            tried.append({"parameters": parameters, "average": found.results.average})
-            self._tell(f"choosing: {name}", len(trial.points))
-        return tried
+        merges = Merges(self.target / ATTEMPTS_FOLDER, self._factors(trial), self.device, self.workers)
+        averages: dict[str, float | None] = {}
+
+        def score(point: Point) -> float:
+            if str(point) not in averages:
+                variant = self.recipe.variant(trial.method, point)
+                averages[str(point)] = self._compared(name, variant, merges).results.average
+                self._tell(f"choosing: {name}", len(trial.points))
+            return averages[str(point)] or 0.0
+
+        best = search_grid(trial, score)
+        return best, [{"parameters": point, "average": averages[str(point)]} for point in trial.points]
+
+    def _compared(self, name: str, variant: Recipe, merges: Merges) -> Measured:
+        """Measure a point on the selection split, unless it has been done."""
+        assert self.chosen is not None
+        known = self.ledger.get(**self._point(variant, self.chosen))
+        if known is not None:
+            return known
+        measured = Measured(self._score(name, merges.make(variant), self.chosen))
+        self._keep(measured, variant, self.chosen)
+        return measured
 
     def _factors(self, trial: Trial) -> dict[str, Any]:
         """Say where the points of a grid, and CART-Indexing, find one decomposition, as arguments of a merge."""
@@ -266,25 +265,33 @@ class _Run:
 
     def _store(self, *trials: Trial) -> dict[str, Any]:
         """Say where factors are kept, up to the largest rank that any of the trials asks for."""
-        ratios = [point.get("rank_ratio") for trial in trials for point in trial.points]
-        largest = max((ratio for ratio in ratios if isinstance(ratio, float | int)), default=None)
-        return {"factors": self.target / FACTORS_FOLDER, "factors_rank_ratio": largest}
+        return kept_factors(trials, self.target / FACTORS_FOLDER)
 
     def _variant(self, trial: Trial, position: int) -> Recipe:
         return self.recipe.variant(trial.method, trial.points[position])
+
+    def _point(self, variant: Recipe, sample: Sample) -> dict[str, Any]:
+        """Return what the ledger knows a measurement by."""
+        return {"recipe": variant.to_yaml(), "split": sample.evaluation.split, "limit": sample.evaluation.limit}
+
+    def _score(self, name: str, folder: Path, sample: Sample) -> Results:
+        return sample.measure(name, folder, base=self.base, processes=self.processes, progress=self.progress)
+
+    def _keep(self, measured: Measured, variant: Recipe, sample: Sample) -> None:
+        """Note a measurement, if every task has a score."""
+        if not measured.results.errors:
+            self.ledger.put(measured, **self._point(variant, sample))
 
     def _measured(
         self,
         name: str,
         variant: Recipe,
-        sample: _Sample,
+        sample: Sample,
         keep: Path | None = None,
         factors: Mapping[str, Any] | None = None,
     ) -> Measured:
         """Merge or compress, and measure, unless it has been done."""
-        evaluation = sample.evaluation
-        point = {"recipe": variant.to_yaml(), "split": evaluation.split, "limit": evaluation.limit}
-        known = self.ledger.get(**point)
+        known = self.ledger.get(**self._point(variant, sample))
         if known is not None and (keep is None or keep.is_dir()):
             return known
         folder = keep or self.target / "attempt"
@@ -298,76 +305,29 @@ class _Run:
             adapt(variant, output=folder, progress=self.progress, **options)
         else:
             merge(variant, output=folder, **options)
-        done: dict[str, TaskResult] = {}
-        errors: dict[str, str] = {}
-        run_tasks(
-            locate(folder),
-            self.tasks,
-            evaluation,
-            base=self.base,
-            processes=self.processes,
-            report=_into(done, errors),
-            read=sample.read,
-            progress=self.progress,
-        )
+        measured = Measured(self._score(name, folder, sample), adapter_bytes)
         if keep is None:
             shutil.rmtree(folder)
-        measured = Measured(self._results(name, evaluation, done, errors), adapter_bytes)
-        if not errors:
-            self.ledger.put(measured, **point)
+        self._keep(measured, variant, sample)
         return measured
 
     def _individual(self) -> Results:
-        done: dict[str, TaskResult] = {}
-        errors: dict[str, str] = {}
+        collected = Collected(self.scored, self.processes)
         score_individuals(
             {entry.name: str(entry.model) for entry in self.recipe.models},
-            self.tasks,
+            self.scored.tasks,
             self.evaluation,
             base=self.base,
             processes=self.processes,
-            report=_into(done, errors),
+            report=collected.report,
             read=self.scored.read,
             progress=self.progress,
         )
-        return self._results(INDIVIDUAL, self.evaluation, done, errors)
-
-    def _results(
-        self, name: str, evaluation: Evaluation, done: Mapping[str, TaskResult], errors: Mapping[str, str]
-    ) -> Results:
-        environment = {
-            "device": str(self.processes.device),
-            "dtype": evaluation.dtype,
-            "limit": evaluation.limit,
-            "versions": versions(),
-        }
-        in_order = {task.name: done[task.name] for task in self.tasks if task.name in done}
-        return Results(name, None, evaluation.suite, evaluation.split, in_order, errors, environment=environment)
+        return collected.results(INDIVIDUAL)
 
     def _tell(self, step: str, total: int) -> None:
         if self.progress is not None:
             self.progress(step, 1, total)
-
-
-def _into(done: dict[str, TaskResult], errors: dict[str, str]) -> Any:
-    def report(name: str, outcome: Outcome) -> None:
-        if outcome.result is not None:
-            done[name] = outcome.result
-        else:
-            errors[name] = str(outcome.error)
-
-    return report
-
-
-def _remembering(read: Reader) -> Reader:
-    found: dict[str, TaskData] = {}
-
-    def remembered(task: Task) -> TaskData:
-        if task.name not in found:
-            found[task.name] = read(task)
-        return found[task.name]
-
-    return remembered
 
 
 def _problems(step: Callable[[], object]) -> list[str]:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from cart_hf.linalg.low_rank import Factors
 
 RANK_RATIO = Parameter(
-    "rank_ratio", 0.08, "rank kept, as a fraction of the smaller dimension", above=0, high=1, planning=True
+    "rank_ratio",
+    0.08,
+    "rank kept, as a fraction of the smaller dimension",
+    above=0,
+    high=1,
+    planning=True,
+    search=(0.04, 0.08, 0.12, 0.16, 0.32),  # of the settings that the authors of CART and AdaRank publish
 )
 RANK = Parameter("rank", None, "rank kept, in singular directions", kind="integer", low=1, planning=True)
 ENERGY = Parameter(
@@ -102,6 +108,7 @@ def cart_of_factors(
             1.0,
             "factor of the summed low-rank parts (λ; the paper code's prior)",
             aliases=("prior",),
+            search=(1.0, 1.5, 2.0, 2.5, 3.0),
         ),
         WEIGHT,
         Parameter(

@@ -41,13 +41,20 @@ def _votes(task_vectors: torch.Tensor, total: torch.Tensor, mask_threshold: Sequ
     "consensus",
     title="Consensus TA",
     parameters=(
-        Parameter("scale", 0.3, "factor of the masked sum of task vectors", aliases=("lambda",)),
+        Parameter(
+            "scale",
+            0.3,
+            "factor of the masked sum of task vectors",
+            aliases=("lambda",),
+            search=(0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
+        ),
         Parameter(
             "mask_threshold",
             0.6,
             "λ of the TALL mask: larger keeps fewer entries (the authors search 0.2 to 0.6 per task)",
             low=0,
             per_model=True,
+            search=(0.2, 0.4, 0.6),
         ),
         Parameter("min_tasks", 2, "how many tasks must need an entry", kind="integer", low=0),
     ),

@@ -24,7 +24,8 @@ class Linear:
     """A method's centre, terms and coefficients.
 
     :param terms: takes what the method's function takes, and returns the centre, shape (...), and the terms, shape
-        (T, ...); may overwrite ``models``. Of a low-rank method it is called for the tensors that are not decomposed:
+        (T, ...); may overwrite ``models``. The centre depends on the models, their weights and the base, and on no
+        other parameter. Of a low-rank method it is called for the tensors that are not decomposed:
         the terms of the others are the factors.
     :param coefficients: takes the declared parameters; returns the T coefficients that the method itself uses.
     """

@@ -23,6 +23,7 @@ class Parameter:
     :param aliases: other names, e.g. those mergekit uses.
     :param weighted_default: the default once a recipe gives ``weight`` explicitly, as mergekit's files do.
     :param planning: True when it is used up before the arithmetic (to choose a rank, say) and not passed on.
+    :param search: values that `cart-hf tune` tries where the recipe names none, in order.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Parameter:
     aliases: tuple[str, ...] = ()
     weighted_default: Value | None = None
     planning: bool = False
+    search: tuple[Value, ...] = ()
 
     def problem_with(self, value: Any) -> str | None:
         """Say what is wrong with one scalar ``value``, or None."""

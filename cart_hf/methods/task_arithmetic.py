@@ -17,6 +17,7 @@ SCALE = Parameter(
     0.3,
     "factor of the summed task vectors (lambda)",
     aliases=("lambda",),
+    search=(0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0),
     weighted_default=1.0,  # a recipe that weighs its models means the weights: mergekit's lambda defaults to 1
 )
 NORMALIZE = Parameter("normalize", False, "divide the weights by their sum", kind="boolean")

@@ -52,11 +52,14 @@ def _trimmed_sign(task_vectors: torch.Tensor, thresholds: Sequence[float], weigh
     return elected.ge_(0.0).mul_(2.0).sub_(1.0)
 
 
+_SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5)
+
+
 @method(
     "ties",
     title="TIES",
     parameters=(
-        Parameter("scale", 1.0, "factor of the merged task vector (lambda)", aliases=("lambda",)),
+        Parameter("scale", 1.0, "factor of the merged task vector (lambda)", aliases=("lambda",), search=_SCALES),
         Parameter(
             "density",
             0.2,
@@ -64,6 +67,7 @@ def _trimmed_sign(task_vectors: torch.Tensor, thresholds: Sequence[float], weigh
             above=0,
             high=1,
             per_model=True,
+            search=(0.1, 0.2, 0.4),
             weighted_default=1.0,  # mergekit's default, for a recipe that weighs its models as mergekit's files do
             planning=True,
         ),

@@ -7,6 +7,7 @@ from cart_hf.recipe.evaluation import Evaluation
 from cart_hf.recipe.flags import recipe_from_flags, refuse_flags
 from cart_hf.recipe.reference import Reference
 from cart_hf.recipe.schema import ModelEntry, Recipe
+from cart_hf.recipe.tuning import Tuning
 
 __all__ = [
     "Adaptation",
@@ -18,6 +19,7 @@ __all__ = [
     "Reference",
     "Selection",
     "Trial",
+    "Tuning",
     "recipe_from_flags",
     "refuse_flags",
 ]

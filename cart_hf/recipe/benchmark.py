@@ -71,8 +71,12 @@ class Trial(BaseModel):
         return [
             name
             for name, values in self.grid.items()
-            if len(values) > 1 and chosen.get(name) in (values[0], values[-1])
+            if len(values) > 1 and all(map(_is_number, values)) and chosen.get(name) in (min(values), max(values))
         ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Sweep(BaseModel):

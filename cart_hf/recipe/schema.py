@@ -20,6 +20,7 @@ from cart_hf.recipe.reading import read_mapping
 from cart_hf.recipe.reference import Reference, split_name, task_name
 from cart_hf.recipe.settings import pattern_problem
 from cart_hf.recipe.sizes import parse_size
+from cart_hf.recipe.tuning import Tuning
 
 FloatType = Literal["float32", "float64", "bfloat16", "float16"]
 
@@ -72,6 +73,7 @@ class Recipe(BaseModel):
     :param benchmark: which methods `cart-hf benchmark` compares.
     :param compress: how `cart-hf compress` makes adapters.
     :param adapt: how `cart-hf adapt` learns coefficients.
+    :param tune: which settings `cart-hf tune` tries.
     :param coefficients: file of coefficients that `cart-hf adapt` has learnt; beside the recipe, when it is relative.
     """
 
@@ -92,6 +94,7 @@ class Recipe(BaseModel):
     benchmark: Benchmark | None = None
     compress: Compression | None = None
     adapt: Adaptation | None = None
+    tune: Tuning | None = None
     coefficients: str | None = None
 
     @field_validator("base_model", mode="before")
@@ -170,6 +173,7 @@ class Recipe(BaseModel):
             recipe._check_benchmark(problems)
             recipe._check_compress(problems)
             recipe._check_adapt(problems)
+            recipe._check_tune(problems)
         if problems or recipe is None:
             raise UserError(problems)
         return recipe
@@ -225,15 +229,39 @@ class Recipe(BaseModel):
             fewest=min(2, len(models)),
         )
 
+    def tuned(self) -> Trial:
+        """Return what `cart-hf tune` tries: the recipe's method and parameters, those of the grid left open.
+
+        :raises UserError: when there is no grid, and the method suggests none.
+        """
+        method, grid = get_method(self.merge_method), {}
+        for name, values in self.tune.grid.items() if self.tune is not None else ():
+            known = method.parameter(name)
+            grid[known.name if known is not None else name] = values  # an unknown one is told of with its points
+        grid = grid or {one.name: one.search for one in method.parameters if one.search}
+        if not grid:
+            raise UserError(f"tune.grid: {method.name} suggests no values to try; name a parameter and its values")
+        replaced = {*grid, *(method.one_of if any(name in method.one_of for name in grid) else ())}
+        fixed = {name: value for name, value in self.parameters.items() if name not in replaced}
+        return Trial(method=method.name, name=method.name, parameters=fixed, grid=grid)
+
     def _check_benchmark(self, problems: list[str]) -> None:
         for trial in self.benchmark.methods if self.benchmark is not None else ():
-            found: dict[str, None] = {}
-            for point in trial.points:
-                try:
-                    self.variant(trial.method, point, trial.adapt)
-                except UserError as failure:
-                    found |= dict.fromkeys(failure.problems)
-            problems.extend(f"benchmark, row '{trial.name}': {problem}" for problem in found)
+            problems.extend(f"benchmark, row '{trial.name}': {problem}" for problem in self._problems_of(trial))
+
+    def _check_tune(self, problems: list[str]) -> None:
+        if self.tune is not None and self.tune.grid:
+            problems.extend(f"tune.grid: {problem}" for problem in self._problems_of(self.tuned()))
+
+    def _problems_of(self, trial: Trial) -> list[str]:
+        """Return what is wrong with any point of a trial."""
+        found: dict[str, None] = {}
+        for point in trial.points:
+            try:
+                self.variant(trial.method, point, trial.adapt)
+            except UserError as failure:
+                found |= dict.fromkeys(failure.problems)
+        return list(found)
 
     def _check_compress(self, problems: list[str]) -> None:
         asked = [("compress", self.compress)] if self.compress is not None else []
@@ -279,7 +307,7 @@ class Recipe(BaseModel):
             value = getattr(self, key)
             if key == "dtype" or (value not in (None, (), {}) and value != defaults[key].default):
                 data[key] = list(value) if isinstance(value, tuple) else value
-        for key in ("evaluation", "benchmark", "compress", "adapt"):
+        for key in ("evaluation", "benchmark", "compress", "adapt", "tune"):
             part = getattr(self, key)
             if part is not None:
                 data[key] = part.model_dump(mode="json", exclude_defaults=True)
@@ -295,6 +323,7 @@ def _keys_at(place: tuple[int | str, ...]) -> Iterable[str]:
         ("benchmark",): Benchmark,
         ("compress",): Compression,
         ("adapt",): Adaptation,
+        ("tune",): Tuning,
         ("benchmark", "methods"): Trial,
         ("benchmark", "methods", "adapt"): Adaptation,
         ("benchmark", "compress"): Sweep,
@@ -303,4 +332,4 @@ def _keys_at(place: tuple[int | str, ...]) -> Iterable[str]:
     return (ModelEntry if parts == ("models",) else inner.get(parts, Selection)).model_fields
 
 
-_OF_THE_METHOD = ("merge_method", "models", "parameters", "benchmark", "compress", "adapt", "coefficients")
+_OF_THE_METHOD = ("merge_method", "models", "parameters", "benchmark", "compress", "adapt", "tune", "coefficients")

@@ -1,4 +1,4 @@
-"""What a benchmark has measured so far, on disk: a run that is killed goes on where it stopped."""
+"""What has been measured so far, on disk: a run that is killed goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Measured:
 class Ledger:
     """What was measured, by what it was measured of.
 
-    :param folder: the benchmark's folder.
+    :param folder: where it is kept.
     :param about: what all of them have in common (weights, tasks, data); another value makes the earlier ones void.
     :raises UserError: when the folder's ledger cannot be read.
     """
@@ -57,6 +57,10 @@ class Ledger:
         """Keep what is known of a point."""
         of_adapters = {"adapter_bytes": measured.adapter_bytes} if measured.adapter_bytes else {}
         self._found[self._key(point)] = measured.results.to_dict() | of_adapters
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, so that it is whole at any moment."""
         beside = self._path.with_name(f".{LEDGER_FILE}.partial")
         try:
             beside.write_text(json.dumps(self._found) + "\n", encoding="utf-8")
