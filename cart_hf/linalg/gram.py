@@ -3,7 +3,8 @@
 Exact: Gram matrix, tridiagonal form and eigenvectors in float64, which keeps the squared condition number harmless
 (for float32 input the result is within 1e-6 of the truth). Fast: in float32, by block Lanczos where the rank is small
 and by a full reduction elsewhere. What comes out is checked, and solved again the exact way where it may be further
-than TOLERANCE from the truth: spikes over a flat bulk, ties, scales that float32 cannot square.
+than TOLERANCE from the truth: spikes over a flat bulk, ties, scales that float32 cannot square. Where more than half of
+all eigenpairs are wanted, divide and conquer in float64 (torch) finds all of them sooner than either.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from cart_hf.linalg.symmetric import LapackError, Matrix, Tridiagonal, gram
 Solver = Literal["fast", "exact"]
 TOLERANCE = 1e-3  # of the fast way: relative error of a low-rank matrix, in the Frobenius norm
 _ACCEPTED = TOLERANCE / 2  # of an estimated error
+_MOST_PAIRS = 0.5  # of all: for more, all of them by divide and conquer in float64 take less time than these one by one
 _ASKEW = 1e-2  # most that the product of two unit vectors may be before it is mended, to its square
 _LEAST, _MOST = 1e-20, 1e30  # squared norms between which float32 neither loses nor overflows a sum of squares
 
@@ -55,7 +57,7 @@ def best_of_tall(
     :raises DecompositionError: when the exact way fails, or its result is not finite or not orthonormal.
     """
     found: Sequence[LowRank | None] = [None] * len(matrices)
-    if solver == "fast" and matrices.dtype == torch.float32:
+    if solver == "fast" and matrices.dtype == torch.float32 and not _are_many(matrices.shape[2], rank):
         if matrices.device.type == "cpu":
             found = [_fast(matrix, rank, energy) for matrix in matrices]
         elif rank is not None and lanczos.suits(matrices.shape[2], rank):
@@ -130,8 +132,13 @@ def _confirmed(matrix: torch.Tensor, trace: float, pairs: Eigenpairs) -> LowRank
     return LowRank(left, rows, trace) if bool(close) and askew < _ASKEW else None
 
 
+def _are_many(n: int, rank: int | None) -> bool:
+    return rank is not None and rank > _MOST_PAIRS * n
+
+
 def _exact(matrix: torch.Tensor, rank: int | None, energy: float | None) -> LowRank:
-    solve = _solve_lapack if matrix.device.type == "cpu" else _solve_torch
+    by_parts = matrix.device.type == "cpu" and not _are_many(matrix.shape[1], rank)
+    solve = _solve_lapack if by_parts else _solve_torch
     solution = solve(matrix, rank, energy)
     if solution is None:
         return LowRank(matrix.new_zeros(len(matrix), 0), matrix.new_zeros(0, matrix.shape[1]), 0.0)
