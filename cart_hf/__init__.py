@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from cart_hf.analysis import Analysis, analyze
     from cart_hf.api import MergeResult, merge
     from cart_hf.benchmarking.run import BenchmarkResult, benchmark
     from cart_hf.compression import Compressed, compress
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from cart_hf.publishing import Pushed, push
     from cart_hf.recipe import Evaluation, Recipe
     from cart_hf.serving.multitask import MultiTaskModel
+    from cart_hf.tuning import Tuned, tune
 
 __all__ = [
     "Adapted",
+    "Analysis",
     "BenchmarkResult",
     "Compressed",
     "Evaluation",
@@ -28,19 +31,24 @@ __all__ = [
     "Pushed",
     "Recipe",
     "Results",
+    "Tuned",
     "UserError",
     "__version__",
     "adapt",
+    "analyze",
     "benchmark",
     "compress",
     "evaluate",
     "merge",
     "push",
+    "tune",
 ]
 
 _HOMES = {
     "adapt": "cart_hf.adaptation",
     "Adapted": "cart_hf.adaptation",
+    "analyze": "cart_hf.analysis",
+    "Analysis": "cart_hf.analysis",
     "benchmark": "cart_hf.benchmarking.run",
     "BenchmarkResult": "cart_hf.benchmarking.run",
     "compress": "cart_hf.compression",
@@ -54,6 +62,8 @@ _HOMES = {
     "push": "cart_hf.publishing",
     "Pushed": "cart_hf.publishing",
     "Recipe": "cart_hf.recipe",
+    "tune": "cart_hf.tuning",
+    "Tuned": "cart_hf.tuning",
     "UserError": "cart_hf.errors",
 }
 

@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
+    from browser import find_browser
 
     reasons = {
         "hub": None if os.environ.get("CART_HF_TEST_HUB") == "1" else "needs the real Hub: set CART_HF_TEST_HUB=1",
         "gpu": None if torch.cuda.is_available() else "needs a CUDA GPU, and this machine has none",
+        "browser": None if find_browser() else "needs Chromium: install it, or set CART_HF_TEST_BROWSER to its program",
     }
     for item in items:
         for marker, reason in reasons.items():
@@ -29,23 +31,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the cache of `cart_hf` out of the user's home."""
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the caches of `cart_hf`, and all those of processes that are started, out of the user's home."""
+    folder = tmp_path_factory.mktemp("caches")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CART_HF_CACHE", str(tmp_path_factory.mktemp("cart_hf")))
-        yield
+        patch.setenv("CART_HF_CACHE", str(folder / "cart_hf"))
+        patch.setenv("HF_HOME", str(folder))  # this process has read it already
+        yield folder
 
 
 @pytest.fixture(scope="session")
-def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_caches(cache_folder: Path) -> Iterator[None]:
     """Keep the caches of `datasets` and `evaluate` out of the user's home."""
     import datasets
     import evaluate
 
-    folder = tmp_path_factory.mktemp("caches")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(folder))  # for processes that are started; this one has read it already
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
-        patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", folder / "modules")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache_folder / "datasets")
+        patch.setattr(evaluate.config, "HF_METRICS_CACHE", cache_folder / "metrics")
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", cache_folder / "modules")
         yield

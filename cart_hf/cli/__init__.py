@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from typing import NoReturn
@@ -12,6 +14,7 @@ from cart_hf import __version__, slurm
 
 # The verbs' modules import torch and transformers inside their functions: `--help` must not wait for them.
 from cart_hf.cli.adapt import adapt
+from cart_hf.cli.analyze import analyze
 from cart_hf.cli.benchmark import benchmark
 from cart_hf.cli.compress import compress
 from cart_hf.cli.convert import convert
@@ -22,6 +25,7 @@ from cart_hf.cli.merge import merge
 from cart_hf.cli.push import push
 from cart_hf.cli.recipes import recipes
 from cart_hf.cli.tasks import tasks
+from cart_hf.cli.tune import tune
 from cart_hf.errors import UserError
 
 app = cyclopts.App(
@@ -32,13 +36,14 @@ app = cyclopts.App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for verb in (merge, adapt, compress, evaluate, benchmark, push, convert, recipes, tasks, demo, env):
+for verb in (merge, adapt, compress, evaluate, benchmark, tune, analyze, push, convert, recipes, tasks, demo, env):
     app.command(verb)
 
 
 def main() -> NoReturn:
     """Run the command line: exit 0 when done, 2 for the user's mistakes, 1 for anything else."""
     slurm.adopt()
+    atexit.register(gc.freeze)  # Python's last look for garbage in torch takes a second, and finds nothing
     first = os.environ.get("RANK", "0") == "0"  # one of several processes speaks
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)

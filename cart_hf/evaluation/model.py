@@ -108,8 +108,8 @@ def load(located: Located, heads: Sequence[str], *, base: str | None, device: to
         assert loaded.backbone is not None
         config = loaded.backbone.config
         return Model(
-            _modality(loaded.backbone),
-            _preprocess(located.folder, _modality(loaded.backbone), config, None),
+            modality_of(loaded.backbone),
+            preprocessor_of(located.folder, modality_of(loaded.backbone), config, None),
             {name: loaded.labels(name) for name in heads},
             lambda names, inputs: {name: output.logits for name, output in loaded(tasks=names, **inputs).items()},
             None,
@@ -224,7 +224,7 @@ def _classifier(located: Located, base: str | None, device: torch.device) -> Mod
 
     assert located.checkpoint is not None
     kind = getattr(transformers, located.checkpoint.architecture.class_name)
-    model = _complete(located.checkpoint, kind).to(device).eval()
+    model = load_complete(located.checkpoint, kind).to(device).eval()
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
 
     def logits(heads: Sequence[str], inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -233,8 +233,8 @@ def _classifier(located: Located, base: str | None, device: torch.device) -> Mod
 
     if located.checkpoint.adapts is not None:  # which lends an adapter its tokenizer
         base = str(located.checkpoint.adapts.pinned)
-    preprocess = _preprocess(located.folder, _modality(model), model.config, base)
-    return Model(_modality(model), preprocess, {"": names}, logits, None)
+    preprocess = preprocessor_of(located.folder, modality_of(model), model.config, base)
+    return Model(modality_of(model), preprocess, {"": names}, logits, None)
 
 
 def _clip(located: Located, heads: Sequence[str], base: str | None, device: torch.device) -> Model:
@@ -250,8 +250,8 @@ def _clip(located: Located, heads: Sequence[str], base: str | None, device: torc
                 f"base: {base} is a {whole.architecture.class_name}; zero-shot heads need a whole CLIPModel"
             )
         assert located.checkpoint is not None
-        clip = _complete(whole, transformers.CLIPModel)
-        vision = _complete(located.checkpoint, transformers.CLIPVisionModel)
+        clip = load_complete(whole, transformers.CLIPModel)
+        vision = load_complete(located.checkpoint, transformers.CLIPVisionModel)
         try:
             clip.vision_model.load_state_dict(vision.state_dict())
         except RuntimeError as failure:
@@ -261,7 +261,7 @@ def _clip(located: Located, heads: Sequence[str], base: str | None, device: torc
         clip, adapters = located.loaded.clip, located.loaded.adapters
     else:
         assert located.checkpoint is not None
-        clip = _complete(located.checkpoint, transformers.CLIPModel)
+        clip = load_complete(located.checkpoint, transformers.CLIPModel)
         if located.checkpoint.adapts is not None:
             folder = located.checkpoint.adapts.folder
         adapters = attach_adapters(folder, heads, clip) if located.heads else None
@@ -276,14 +276,14 @@ def _clip(located: Located, heads: Sequence[str], base: str | None, device: torc
 
     return Model(
         "image",
-        _preprocess(folder, "image", clip.config, base),
+        preprocessor_of(folder, "image", clip.config, base),
         {},
         lambda names, inputs: {name: output.logits for name, output in loaded(tasks=names, **inputs).items()},
         add,
     )
 
 
-def _complete(checkpoint: Checkpoint, kind: Any) -> Any:
+def load_complete(checkpoint: Checkpoint, kind: Any) -> Any:
     """Load a model in float32, and refuse it when transformers would make up what the file lacks."""
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     if checkpoint.adapts is None:
@@ -298,11 +298,11 @@ def _complete(checkpoint: Checkpoint, kind: Any) -> Any:
     return model
 
 
-def _modality(model: Any) -> Literal["text", "image"]:
+def modality_of(model: Any) -> Literal["text", "image"]:
     return "image" if model.main_input_name == "pixel_values" else "text"
 
 
-def _preprocess(folder: Path, modality: str, config: Any, base: str | None) -> Any:
+def preprocessor_of(folder: Path, modality: str, config: Any, base: str | None) -> Any:
     """Return the tokenizer or image processor, the model's own or else the base's."""
     return (
         _tokenizer(folder, config, base) if modality == "text" else _from_pretrained("AutoImageProcessor", folder, base)

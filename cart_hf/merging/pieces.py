@@ -45,13 +45,13 @@ def merge_group(plan: Plan, group: Group, device: torch.device, store: FactorSto
     first = group.tensors[0]
     try:
         if store is not None:
-            return _merge_by_factors(plan, group, *decomposed(plan, group, device, store))
+            return merge_by_factors(plan, group, *decomposed(plan, group, device, store))
         thin = find_thin(plan, group) if plan.method.of_factors is not None else None
         if thin is not None:
             centred = _centred_thin(plan, group, thin, device, rank=first.rank, energy=first.energy)
-            return _merge_by_factors(plan, group, centred)
+            return merge_by_factors(plan, group, centred)
         if plan.learnt(group) is not None:
-            return _merge_by_factors(plan, group, _centred(plan, group, device, rank=first.rank, energy=first.energy))
+            return merge_by_factors(plan, group, decompose(plan, group, device, rank=first.rank, energy=first.energy))
         models = _read_group(plan, group, device)
         return plan.method.function(models=models, rank=first.rank, energy=first.energy, **_arguments(plan, first))
     except DecompositionError as failure:
@@ -60,7 +60,11 @@ def merge_group(plan: Plan, group: Group, device: torch.device, store: FactorSto
         ) from failure
 
 
-def _merge_by_factors(plan: Plan, group: Group, centred: Centred, ranks: Sequence[int] | None = None) -> torch.Tensor:
+def merge_by_factors(plan: Plan, group: Group, centred: Centred, ranks: Sequence[int] | None = None) -> torch.Tensor:
+    """Merge a matrix (or fused group) from its centre, which is overwritten, and its factors.
+
+    :param ranks: how many directions of each model to keep; None: all there are.
+    """
     learnt = plan.learnt(group)
     if learnt is not None:
         return add_terms(centred, ranks, learnt)
@@ -93,13 +97,13 @@ def decomposed(
     ranks = centred.factors.ranks(rank=first.rank, energy=first.energy) if centred else None
     if centred is None or ranks is None:
         rank = store.rank(group, first.rank) if first.rank else None
-        centred = _centred(plan, group, device, rank=rank, energy=first.energy, centre=store.centre)
+        centred = decompose(plan, group, device, rank=rank, energy=first.energy, centre=store.centre)
         store.keep(plan, group, centred)
         ranks = centred.factors.ranks(rank=first.rank) if first.rank else None
     return centred, ranks
 
 
-def _centred(
+def decompose(
     plan: Plan,
     group: Group,
     device: torch.device,
@@ -108,7 +112,11 @@ def _centred(
     energy: float | None,
     centre: Centre = "average",
 ) -> Centred:
-    """Compute the centre and the factors of a matrix (or fused group)."""
+    """Compute the centre and the factors of a matrix (or fused group).
+
+    :param rank: k for all models; or ``energy``, see :func:`cart_hf.linalg.low_rank.factorize`.
+    :param centre: what the matrices are centred at.
+    """
     from cart_hf.factors.store import Centred
     from cart_hf.methods.cart import centred_factors
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from cart_hf import __version__
 from cart_hf.evaluation.report import as_table, conventions, transductive
 from cart_hf.evaluation.results import Results
 from cart_hf.output.record import ADAPTERS_FOLDER
-from cart_hf.publishing import reconstruction
+from cart_hf.publishing import reconstruction, summary
 from cart_hf.publishing.adaptation import described
 from cart_hf.publishing.contents import CARD_FILE, Contents, Source, read_contents, recipe_text
 from cart_hf.publishing.loading import Adapter, adapters_of, loading
@@ -33,7 +34,13 @@ def write_card(folder: Path, title: str) -> None:
     :param title: what the model is called.
     """
     for path, text in cards(read_contents(folder).public(title), title).items():
-        (folder / path).write_text(text, encoding="utf-8")
+        card = folder / path
+        beside = card.with_name(f".{card.name}.partial")
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(card)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def cards(contents: Contents, title: str, licence: str | None = None, *, family: bool = False) -> dict[str, str]:
@@ -214,16 +221,19 @@ def _common(contents: Contents, title: str) -> dict[str, Any]:
         "recipe": recipe_text(contents.recipe),
         "coefficients": contents.recipe.get("coefficients"),
         "adaptation": described(contents.adaptation, contents.folder),
+        "analysis": summary.described(contents.folder),
     }
+
+
+@cache
+def _templates() -> Any:
+    import jinja2
+
+    folder = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    return jinja2.Environment(loader=folder, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
 
 
 def _signed(template: str, data: Any, **fields: Any) -> str:
     """Fill a template, and mark the card as ours."""
-    import jinja2
-
-    folder = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
-    environment = jinja2.Environment(
-        loader=folder, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    text = environment.get_template(template).render(card_data=data.to_yaml(), **fields).rstrip() + "\n"
+    text = _templates().get_template(template).render(card_data=data.to_yaml(), **fields).rstrip() + "\n"
     return f"{text}\n<!-- cart-hf wrote this card: {_digest(text)} -->\n"

@@ -32,7 +32,7 @@ def without_names(
         if source["hub_id"] is not None and secret.isdisjoint(_ids_of(source)):
             continue
         name = _name(source, entry[key])
-        texts = (_text(entry[key]), source["reference"], *_local_parts(entry[key]), *secret & _ids_of(source))
+        texts = (reference_text(entry[key]), source["reference"], *_local_parts(entry[key]), *secret & _ids_of(source))
         names |= dict.fromkeys(texts, name)
         entry[key] = name
         for one in same:
@@ -83,24 +83,24 @@ def _recipe_entries(recipe: dict[str, Any]) -> Iterator[tuple[dict[str, Any], st
         yield entry, "model"
 
 
-def _text(reference: Any) -> str:
+def reference_text(reference: Any) -> str:
     """Return a recipe's reference as one text, whichever way it is written."""
     if not isinstance(reference, Mapping):
         return str(reference)
     if "lora" in reference:
-        return f"{_text(reference['model'])}+{_text(reference['lora'])}"
+        return f"{reference_text(reference['model'])}+{reference_text(reference['lora'])}"
     return "/".join(str(reference[key]) for key in ("path", "subfolder") if reference.get(key))
 
 
 def _local_parts(reference: Any) -> list[str]:
     """Return the folders that a recipe's reference names: it has them with their whole paths."""
-    return [part for part in _text(reference).split("+") if Path(part).is_absolute()]
+    return [part for part in reference_text(reference).split("+") if Path(part).is_absolute()]
 
 
 def _name(source: Mapping[str, Any], reference: Any) -> str:
     """Return what a source that is not named is called."""
     name: str = source["name"]
-    return name if source["hub_id"] is not None else Path(_text(reference)).name or name
+    return name if source["hub_id"] is not None else Path(reference_text(reference)).name or name
 
 
 def _unname(source: dict[str, Any], name: str) -> None:

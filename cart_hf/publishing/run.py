@@ -19,6 +19,7 @@ from cart_hf.publishing.files import Content, list_files, same_bytes
 from cart_hf.publishing.loading import repository_of
 from cart_hf.publishing.metadata import licence_keys, licence_of
 from cart_hf.publishing.remote import Repository, check, look, read
+from cart_hf.publishing.summary import is_private
 from cart_hf.publishing.upload import changes_of, upload
 from cart_hf.sources.patience import patiently
 
@@ -86,7 +87,7 @@ def push(
 
     api = HfApi(library_name="cart-hf", token=token)
     contents = read_contents(Path(folder).expanduser())
-    present = list_files(contents.folder)
+    present = {path: file for path, file in list_files(contents.folder).items() if not is_private(path)}
     tasks = list(contents.adapters) if family and not contents.is_adapter else []
     repos = [repo, *(repository_of(repo, task) for task in tasks)]
     main, *others = check(api, repos, private=private, overwrite=overwrite)

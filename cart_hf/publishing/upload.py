@@ -13,6 +13,7 @@ from cart_hf.output.record import ADAPTATION_FOLDER, ADAPTERS_FOLDER, COMPRESS_F
 from cart_hf.publishing.contents import CARD_FILE
 from cart_hf.publishing.files import Content, same_bytes
 from cart_hf.publishing.remote import Repository, look
+from cart_hf.publishing.summary import PUBLISHED
 from cart_hf.sources.layout import ADAPTER_CONFIG
 from cart_hf.sources.patience import patiently
 
@@ -50,9 +51,10 @@ def changes_of(files: Mapping[str, Content], repository: Repository, kept: Colle
 
 
 def _is_of_a_push(path: str) -> bool:
-    """Whether a path is that of weights, a task, an adapter, an adaptation or a record: what people add is not."""
+    """Whether a path is that of weights, a task, an adapter, an adaptation, an analysis's figure or a record: what
+    people add is not."""
     folders = ("tasks/", f"{ADAPTERS_FOLDER}/", f"{ADAPTATION_FOLDER}/")
-    if path.startswith(folders) or path in (MERGE_FILE, COMPRESS_FILE, ADAPTER_CONFIG):
+    if path.startswith(folders) or path in (MERGE_FILE, COMPRESS_FILE, ADAPTER_CONFIG, *PUBLISHED):
         return True
     return path.startswith(("model", "adapter_model")) and ".safetensors" in path and "/" not in path
 
