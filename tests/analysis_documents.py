@@ -27,7 +27,11 @@ def document(models: int = 3, layers: int = 4, *, base: bool = True, **changes: 
             "title": "CART",
             "parameters": {"rank_ratio": 0.08, "scale": 1.5},
             "base": "org/base" if base else None,
-            "models": [{"name": name, "reference": f"org/{name}", "class": "RobertaModel"} for name in names],
+            "base_hub_id": "org/base" if base else None,
+            "models": [
+                {"name": name, "reference": f"org/{name}", "class": "RobertaModel", "hub_id": f"org/{name}"}
+                for name in names
+            ],
             "output_class": "RobertaModel",
             "roles": {"low_rank": 2 * layers, "average": 9, "base": 0},
             "normalizer": "all",

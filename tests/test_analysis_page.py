@@ -211,7 +211,8 @@ def make(
         "about": {
             "method": "cart", "title": "CART", "parameters": {"rank_ratio": 0.08, "scale": 1.5},
             "base": "FacebookAI/roberta-base" if base else None,
-            "models": [{"name": task, "reference": f"textattack/roberta-base-{i}", "class": "RobertaForSequenceClassification"} for i, task in enumerate(tasks)],
+            "base_hub_id": "FacebookAI/roberta-base" if base else None,
+            "models": [{"name": task, "reference": f"textattack/roberta-base-{i}", "class": "RobertaForSequenceClassification", "hub_id": f"textattack/roberta-base-{i}"} for i, task in enumerate(tasks)],
             "output_class": "RobertaModel", "roles": {"low_rank": len(matrices), "average": 125, "base": 2}, "normalizer": "all",
             "ratios": list(RATIOS), "version": "0.1.0",
         },
@@ -470,7 +471,7 @@ def test_hub_references_are_links_and_others_are_not(whole: Document, page_of: C
         "javascript:x",
     ]
     for model, reference in zip(document["about"]["models"], references, strict=True):
-        model["reference"] = reference
+        model |= {"reference": reference, "hub_id": "org/model" if reference.startswith("org/model") else None}
     page = read(page_of(document))
     links = [
         attributes["href"]

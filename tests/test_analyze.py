@@ -403,6 +403,7 @@ def test_the_folder_has_a_page_numbers_and_figures(roberta, written):
     assert document["format"] == "cart-hf analysis 1"
     assert document == json.loads(json.dumps(as_document(roberta.analyze()), allow_nan=False))
     assert [model["name"] for model in document["about"]["models"]] == list(NAMES)
+    assert all(model["hub_id"] is None for model in document["about"]["models"])  # they are folders
     assert [block["label"] for block in document["blocks"]] == ["embeddings", "encoder.layer.0", "encoder.layer.1"]
     page = (written / "index.html").read_text()
     assert all(name in page for name in NAMES)

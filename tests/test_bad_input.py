@@ -691,7 +691,7 @@ def test_head_that_overflows_float16(bench):
 
 
 def test_unknown_verb(tmp_path):
-    refuse(tmp_path / "out", "frobnicate", naming=("frobnicate", "merge", "recipes"))
+    refuse(tmp_path / "out", "frobnicate", naming=("frobnicate", "merge", "evaluate"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -365,6 +365,21 @@ def test_bad_input(recipe, tmp_path, case):
     assert text
 
 
+def test_tasks_take_the_place_of_a_suite(recipe, tmp_path):
+    """As they do for `adapt` and `analyze`: a recipe's suite and a flag's tasks do not contradict each other."""
+    recipe["evaluation"] = {name: recipe["evaluation"][name] for name in ("tasks_file", "data")} | {"suite": "glue-7"}
+    one = {"grid": {"rank": [3], "scale": [9.0]}}
+    found = cart_hf.tune(
+        cart_hf.Recipe.from_mapping(recipe), output=tmp_path / "out", tuning=one, examples={"tasks": ["red"]}
+    )
+    assert set(found.points[0].results.tasks) == {"red"}
+
+
+def test_learnt_coefficients_leave_nothing_to_search(recipe, tmp_path):
+    path = written(tmp_path, recipe | {"coefficients": "learnt.safetensors"})
+    refuse(tmp_path / "out", "tune", path, tmp_path / "out", naming=["coefficients", "leave them out"])
+
+
 def test_methods_without_a_rule(recipe, tmp_path):
     path = written(tmp_path, recipe | {"merge_method": "task_arithmetic", "parameters": {}, "tune": {}})
     refuse(tmp_path / "out", "tune", path, tmp_path / "out", "--data-free", naming=["the rule is for cart"])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cart_hf.recipe import Recipe, recipe_from_flags, refuse_flags
+from cart_hf.recipe import Recipe, recipe_from_flags, refuse_flags, with_examples
 
 
 def request(
@@ -29,14 +29,12 @@ def request(
         parts = {"adapt": learning, "evaluation": _from_anywhere(examples) or None}
         return _started(recipe_from_flags({**settings, **parts}, parameters))
     refuse_flags(settings, parameters)
-    declared = recipe.evaluation.model_dump(exclude_defaults=True) if recipe.evaluation is not None else {}
-    if "tasks" in examples or "suite" in examples:
-        declared = {name: value for name, value in declared.items() if name not in ("tasks", "suite")}
+    examples = with_examples(recipe.evaluation, examples)
     known = recipe.adapt.model_dump(exclude_defaults=True) if recipe.adapt is not None else {}
     fields = {name: getattr(recipe, name) for name in Recipe.model_fields}
     fields |= {"adapt": {**known, **learning}, "coefficients": None}
-    if declared or examples:
-        fields["evaluation"] = _from_anywhere({**declared, **examples})
+    if examples:
+        fields["evaluation"] = _from_anywhere(examples)
     return _started(Recipe.from_mapping(fields))
 
 

@@ -19,7 +19,7 @@ from cart_hf.merging.survey import magnitude_thresholds
 from cart_hf.parallel import Progress, in_parallel, one_blas_thread
 from cart_hf.plan import Plan
 from cart_hf.processes import Processes
-from cart_hf.sources import DTYPES
+from cart_hf.sources import DTYPES, Checkpoint
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,14 @@ class Job:
             title=plan.method.title,
             parameters=plan.recipe.parameters,
             base=None if plan.base is None else str(plan.base.reference),
+            base_hub_id=None if plan.base is None else _hub_id(plan.base),
             models=[
-                {"name": model.name, "reference": str(model.reference), "class": model.architecture.class_name}
+                {
+                    "name": model.name,
+                    "reference": str(model.reference),
+                    "class": model.architecture.class_name,
+                    "hub_id": _hub_id(model),
+                }
                 for model in plan.models
             ],
             output_class=plan.output_class,
@@ -128,3 +134,9 @@ class Job:
             normalizer=self.matrices.normalizer,
             ratios=tuple(self.matrices.ratios),
         )
+
+
+def _hub_id(model: Checkpoint) -> str | None:
+    """Return the Hub's name of a model; None for a folder, which may look the same, and for an adapter on a base."""
+    reference = model.reference
+    return None if reference.is_local or reference.adapter is not None else reference.path

@@ -149,7 +149,8 @@ class About:
     :param method, title: the recipe's merge method, and what people call it.
     :param parameters: its settings.
     :param base: the base's reference, if there is one.
-    :param models: each model's name, reference and class.
+    :param base_hub_id: its name on the Hub, if it is from there.
+    :param models: each model's name, reference and class, and its ``hub_id`` likewise.
     :param output_class: the class of the merged model.
     :param roles: how many tensors of each role.
     :param normalizer: what I(k) divides the squared singular values by: the sum of ``all``, or of the ``top`` k, or
@@ -161,7 +162,8 @@ class About:
     title: str
     parameters: Mapping[str, Any]
     base: str | None
-    models: Sequence[Mapping[str, str]]
+    base_hub_id: str | None
+    models: Sequence[Mapping[str, Any]]
     output_class: str
     roles: Mapping[str, int]
     normalizer: Normalizer

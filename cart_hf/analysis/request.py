@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cart_hf.recipe import Evaluation, Recipe, recipe_from_flags, refuse_flags
+from cart_hf.recipe import Evaluation, Recipe, recipe_from_flags, refuse_flags, with_examples
 
 INPUTS = 32  # of each task and layer: on so few the theorem is looked at, and the models need not read much
 
@@ -27,10 +27,7 @@ def request(
     given = {name: value for name, value in examples.items() if value is not None}
     if not given:
         return recipe
-    declared = recipe.evaluation.model_dump(exclude_defaults=True) if recipe.evaluation is not None else {}
-    if "tasks" in given or "suite" in given:
-        declared = {name: value for name, value in declared.items() if name not in ("tasks", "suite")}
-    return recipe.model_copy(update={"evaluation": Evaluation.from_flags({**declared, **given})})
+    return recipe.model_copy(update={"evaluation": Evaluation.from_flags(with_examples(recipe.evaluation, given))})
 
 
 def inputs_wanted(inputs: int | None, examples: Mapping[str, Any]) -> int:

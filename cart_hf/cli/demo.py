@@ -67,6 +67,8 @@ def demo(
     out.print(f"{took}. Everything is in {output}/: base, models/NAME, data/NAME, merged, benchmark. To go on:")
     out.print(f"  cart-hf evaluate {output}/merged --normalize")
     out.print(f"  cart-hf merge --base {output}/base --models {output}/models/* --method ties --output {output}/ties")
+    out.print(f"  cart-hf analyze {output}/merged/cart_hf.yaml {output}/analysis --results {output}/benchmark")
+    out.print(f"  cart-hf tune {output}/recipe.yaml {output}/tuned --grid rank_ratio=0.16,0.32 scale=2,4")
     out.print(f"  cart-hf compress {output}/recipe.yaml {output}/small")
     out.print(f"  cart-hf benchmark {output}/recipe.yaml {output}/again")
     out.print(f"  python -c \"import cart_hf; print(cart_hf.MultiTaskModel.from_pretrained('{output}/merged').tasks)\"")

@@ -25,14 +25,19 @@ from cart_hf.processes import Processes
 if TYPE_CHECKING:
     from cart_hf.factors import FactorStore
 
+_LITTLE = 2**24  # bytes to read
+
 Write = Callable[[PlannedTensor, int, torch.Tensor], None]
 
 
 def default_workers(plan: Plan, processes: Processes) -> int:
     """Return how many workers each process uses: one per core on a CPU, two (to read while computing) elsewhere.
 
-    Fewer, when the tensors that all of them hold would take more than half of the memory that is free.
+    Fewer, when the tensors that all of them hold would take more than half of the memory that is free; one for models
+    so small that threads would only wait for each other.
     """
+    if plan.nbytes * len(plan.models) < _LITTLE:
+        return 1
     workers = min(processes.threads, 16) if processes.device.type == "cpu" else 2
     budget = psutil.virtual_memory().available / 2 / processes.local_count
     while workers > 1 and plan.memory(workers) > budget:

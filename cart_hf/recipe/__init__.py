@@ -3,7 +3,7 @@
 from cart_hf.recipe.adaptation import Adaptation
 from cart_hf.recipe.benchmark import Benchmark, Selection, Trial
 from cart_hf.recipe.compression import Compression
-from cart_hf.recipe.evaluation import Evaluation
+from cart_hf.recipe.evaluation import Evaluation, with_examples
 from cart_hf.recipe.flags import recipe_from_flags, refuse_flags
 from cart_hf.recipe.reference import Reference
 from cart_hf.recipe.schema import ModelEntry, Recipe
@@ -22,4 +22,5 @@ __all__ = [
     "Tuning",
     "recipe_from_flags",
     "refuse_flags",
+    "with_examples",
 ]

@@ -67,6 +67,18 @@ class Evaluation(BaseModel):
             raise UserError([_explain(error) for error in failure.errors()]) from failure  # type: ignore[arg-type]
 
 
+def with_examples(declared: Evaluation | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an evaluation: what is given goes before what a recipe declares.
+
+    :param declared: the recipe's; None when it has none.
+    :param given: fields that say which tasks on which data; ``tasks`` or ``suite`` takes the place of both.
+    """
+    fields = declared.model_dump(exclude_defaults=True) if declared is not None else {}
+    if "tasks" in given or "suite" in given:
+        fields = {name: value for name, value in fields.items() if name not in ("tasks", "suite")}
+    return {**fields, **given}
+
+
 def _explain(error: Mapping[str, Any]) -> str:
     flag = f"--{'-'.join(str(error['loc'][0]).split('_'))}: " if error["loc"] else ""
     if error["type"] == "extra_forbidden":

@@ -18,7 +18,7 @@ from cart_hf.methods import get_method
 from cart_hf.output import check_replaceable
 from cart_hf.parallel import Progress
 from cart_hf.processes import Processes, join
-from cart_hf.recipe import Recipe, Selection, Trial, Tuning
+from cart_hf.recipe import Recipe, Selection, Trial, Tuning, with_examples
 from cart_hf.sources import fetch_weights
 from cart_hf.tasks import evaluation_of, known_among
 from cart_hf.tuning.data_free import settings_without_data
@@ -135,12 +135,15 @@ def _make_room(target: Path, *, resume: bool) -> None:
 
 def _wanted(recipe: Recipe, tuning: Mapping[str, Any], examples: Mapping[str, Any]) -> Recipe:
     """Return the recipe with what flags say of the search and its examples, checked again."""
-    data = {name: getattr(recipe, name) for name in Recipe.model_fields}
-    for key, given in (("tune", tuning), ("evaluation", examples)):
-        if given:
-            own = getattr(recipe, key)
-            data[key] = {**(own.model_dump(exclude_unset=True) if own is not None else {}), **given}
-    return Recipe.from_mapping(data)
+    if recipe.coefficients is not None:
+        raise UserError("coefficients: they take the place of the settings that tune would search; leave them out")
+    fields = {name: getattr(recipe, name) for name in Recipe.model_fields}
+    if tuning:
+        own = recipe.tune.model_dump(exclude_defaults=True) if recipe.tune is not None else {}
+        fields["tune"] = {**own, **tuning}
+    if examples:
+        fields["evaluation"] = with_examples(recipe.evaluation, examples)
+    return Recipe.from_mapping(fields)
 
 
 @dataclass(frozen=True)
@@ -177,11 +180,10 @@ class _Search:
     def check(self) -> None:
         """Look at everything that can be wrong before the first merge."""
         problems = self.sample.problems()
-        for point in self.trial.points:
-            try:
-                plan_merge(self._variant(point))
-            except UserError as failure:
-                problems += failure.problems
+        try:
+            plan_merge(self._variant(self.trial.points[0]))
+        except UserError as failure:
+            problems += failure.problems
         if problems:
             raise UserError(list(dict.fromkeys(problems)))
 
@@ -239,7 +241,8 @@ class _Search:
         key = {"recipe": variant.to_yaml(), "split": evaluation.split, "limit": evaluation.limit}
         known = ledger.get(**key)
         if known is None:
-            folder = self._timed("merging", lambda: self.merges.make(variant))
+            first = self.progress if self.seconds["merging"] == 0 else None  # the decomposition, which takes longest
+            folder = self._timed("merging", lambda: self.merges.make(variant, first))
             base = str(self.recipe.base_model) if self.recipe.base_model is not None else None
             found = self._timed(
                 "measuring",

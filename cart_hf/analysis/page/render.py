@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ _SCRIPTS = (
     *("dom", "numbers", "tooltip", "controls", "lines", "heatmap", "bars", "radar"),
     *("shared", "sections", "explorer", "main"),
 )
-_HUB_ID = re.compile(r"([a-z0-9][a-z0-9._-]*/[a-z0-9][a-z0-9._-]*)(@[a-z0-9._-]+)?", re.IGNORECASE | re.ASCII)
 _UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 _DIGITS = 4
 
@@ -49,7 +47,6 @@ def rendered(document: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(percent=words.percent, number=words.number, ratio=words.ratio, setting=words.setting)
-    environment.globals.update(hub_page=_hub_page)
     kept = words.kept_ratio(document)
     scripts = "\n".join((folder / "scripts" / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     return environment.get_template("page.html.jinja").render(
@@ -89,9 +86,3 @@ def _shortened(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_shortened(entry) for entry in value]
     return value
-
-
-def _hub_page(reference: str | None) -> str | None:
-    """Return the page of a reference on the Hub; None where it looks like a folder's."""
-    found = _HUB_ID.fullmatch(reference or "")
-    return f"https://huggingface.co/{found[1]}" if found else None
