@@ -100,6 +100,13 @@ def test_ties(family, per_tensor):
     assert_close(merged, oracle.ties(family.base_state, family.states, 0.25, 1.2, per_tensor=per_tensor))
 
 
+@pytest.mark.parametrize("density", [0.1, 0.25, 0.4, 0.55])
+def test_ties_in_float64(roberta, density):
+    """The entry at the threshold is kept, whether float32, in which magnitudes are counted, rounds it up or down."""
+    merged = roberta.merge(method="ties", density=density, dtype="float64", out_dtype="float64")
+    assert_close(merged, oracle.ties(roberta.base_state, roberta.states, density, 1.0))
+
+
 def test_ties_disjoint_sum_and_weights(roberta):
     merged = roberta.merge(method="ties", density=0.5, scale=0.3, normalize=False, weights=[1.0, 0.5, 2.0])
     expected = oracle.ties(roberta.base_state, roberta.states, 0.5, 0.3, mean=False, weights=[1.0, 0.5, 2.0])

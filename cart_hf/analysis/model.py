@@ -7,7 +7,7 @@ recipe names a base, ``base`` (the task vectors ``D_t = W_t - W_base``, which ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -181,6 +181,7 @@ class Analysis:
     :param warnings: what a person should know.
     :param results: a table of scores, as :func:`cart_hf.analysis.results.read_results` returns it, if there is one.
     :param tuning: the points of a search, as ``tuning.json`` has them, if there was one.
+    :param notes: what could not be drawn, and why.
     """
 
     about: About
@@ -189,4 +190,5 @@ class Analysis:
     bounds: Sequence[Bound] = ()
     warnings: Sequence[Warned] = ()
     results: Mapping[str, Any] | None = None
-    tuning: Mapping[str, Any] | None = field(default=None)
+    tuning: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()

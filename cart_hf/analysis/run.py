@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,22 +27,6 @@ from cart_hf.recipe import Recipe
 from cart_hf.recipe.compression import Centre
 from cart_hf.sources import fetch_weights
 from cart_hf.tasks import evaluation_of
-
-
-@dataclass(frozen=True)
-class Analysed:
-    """What an analysis made.
-
-    :param analysis: what was measured.
-    :param output: its folder, where one was named.
-    :param notes: what could not be drawn, and why.
-    :param seconds: wall time.
-    """
-
-    analysis: Analysis
-    output: Path | None
-    notes: Sequence[str]
-    seconds: float
 
 
 def analyze(
@@ -104,44 +87,8 @@ def analyze(
         "dtype": dtype,
         "seed": seed,
     }
-    return make(
-        request(recipe, settings, parameters, examples or {}),
-        output,
-        up_to=up_to,
-        normalizer=normalizer,
-        inputs=inputs_wanted(inputs, examples or {}),
-        results=results,
-        tuning=tuning,
-        factors=factors,
-        device=device,
-        workers=workers,
-        overwrite=overwrite,
-        progress=progress,
-    ).analysis
-
-
-def make(
-    recipe: Recipe,
-    output: str | Path | None,
-    *,
-    up_to: float = 1.0,
-    normalizer: Normalizer = "all",
-    inputs: int = 0,
-    results: str | Path | None = None,
-    tuning: str | Path | None = None,
-    factors: str | Path | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Analysed:
-    """Analyse what a recipe says, see :func:`analyze`.
-
-    :param inputs: how many of each task and layer; 0: none.
-    :raises UserError: when the recipe, an input or an option is wrong; nothing is then left at ``output``.
-    """
-    started = time.perf_counter()
-    _check(recipe, up_to, normalizer, inputs, workers)
+    recipe, wanted = request(recipe, settings, parameters, examples or {}), inputs_wanted(inputs, examples or {})
+    _check(recipe, up_to, normalizer, wanted, workers)
     target = None if output is None else resolved_target(output)
     if target is not None:
         check_place(target, overwrite=overwrite)
@@ -151,7 +98,7 @@ def make(
     if processes.count > 1:
         raise UserError("analyze runs as one process (it uses every core): start it without a launcher")
     stores = {} if factors is None else _stores(resolved_target(factors))
-    evaluation = evaluation_of(recipe) if inputs else None
+    evaluation = evaluation_of(recipe) if wanted else None
     plan = plan_merge(recipe, progress)
     if target is not None:
         check_inputs(target, plan)
@@ -162,11 +109,12 @@ def make(
     threads = workers or default_workers(matrices.wide_plan(), processes)
     with nullcontext() if target is None else folder_for(target, overwrite=overwrite) as folder:
         if evaluation is not None:
-            seen = layer_inputs(recipe, of_cart, evaluation, rows=inputs, processes=processes, progress=progress)
+            seen = layer_inputs(recipe, of_cart, evaluation, rows=wanted, processes=processes, progress=progress)
             matrices = replace(matrices, inputs=seen)
         analysis = Job(plan, matrices, processes, threads, progress or silent).analysis(scores, search)
-        notes = [] if target is None or folder is None else write_files(analysis, folder, target)
-    return Analysed(analysis, target, notes, time.perf_counter() - started)
+        if target is None or folder is None:
+            return analysis
+        return replace(analysis, notes=tuple(write_files(analysis, folder, target)))
 
 
 def _check(recipe: Recipe, up_to: float, normalizer: str, inputs: int, workers: int | None) -> None:

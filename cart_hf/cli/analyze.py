@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,7 +24,7 @@ from cart_hf.cli.options import (
 from cart_hf.errors import UserError
 
 if TYPE_CHECKING:
-    from cart_hf.analysis.run import Analysed
+    from cart_hf.analysis import Analysis
 
 MEASURES = Group("Measures")
 INPUTS = Group("Inputs of the layers")
@@ -148,23 +149,12 @@ def analyze(
     format:
         What stdout gets: a summary for people, or analysis.json.
     """
-    from cart_hf.analysis.request import inputs_wanted, request
-    from cart_hf.analysis.run import make
+    import cart_hf
+    from cart_hf.analysis.request import inputs_wanted
     from cart_hf.cli.console import progress_bars, quiet_libraries
-    from cart_hf.recipe import Recipe
 
     recipe, output_folder = positionals(recipe, output_folder, models)
     target = target_of(output, output_folder, None)
-    settings = {
-        "base": base,
-        "models": models,
-        "weights": weights,
-        "method": method,
-        "seed": seed,
-        "include": include,
-        "exclude": exclude,
-        "dtype": dtype,
-    }
     examples = {
         "data": None if data is None else str(data),
         "suite": suite,
@@ -174,19 +164,28 @@ def analyze(
         "split": split,
     }
     parameters = key_values(set_ or [], {"rank_ratio": rank_ratio, "scale": scale})
-    what = request(Recipe.load(recipe) if recipe is not None else None, settings, parameters, examples)
+    what = cart_hf.Recipe.load(recipe) if recipe is not None else None
     if target is None:
         raise UserError("no output folder: give it after the recipe, or with --output")
     _check_card(card)
-    wanted = inputs_wanted(inputs, examples)
-    quiet_libraries(models=wanted > 0)
+    quiet_libraries(models=inputs_wanted(inputs, examples) > 0)
+    started = time.perf_counter()
     with progress_bars() as bars:
-        made = make(
+        found = cart_hf.analyze(
             what,
-            target,
+            output=target,
+            base=base,
+            models=models,
+            method=method,
+            weights=weights,
+            include=include,
+            exclude=exclude,
+            dtype=dtype,
+            seed=seed,
             up_to=up_to,
             normalizer=normalizer,
-            inputs=wanted,
+            inputs=inputs,
+            examples=examples,
             results=results,
             tuning=tuning,
             factors=factors,
@@ -194,12 +193,13 @@ def analyze(
             workers=workers,
             overwrite=overwrite,
             progress=bars,
+            **parameters,
         )
-    _tell(made, format)
-    if card is not None and made.output is not None:
+    _tell(found, target, time.perf_counter() - started, format)
+    if card is not None:
         from cart_hf.publishing.analysis import add_to_card
 
-        add_to_card(card, made.output)
+        add_to_card(card, target)
 
 
 def _check_card(card: Path | None) -> None:
@@ -213,20 +213,19 @@ def _check_card(card: Path | None) -> None:
         raise UserError(f"--card: {card} is not an output of cart-hf (no {MERGE_FILE}); give a merged folder")
 
 
-def _tell(made: Analysed, format: str) -> None:
+def _tell(found: Analysis, output: Path, seconds: float, format: str) -> None:
     """Print what was found."""
     from cart_hf.analysis.document import as_document
     from cart_hf.analysis.files import ANALYSIS_FILE, PAGE_FILE
     from cart_hf.analysis.summary import lines
     from cart_hf.cli.console import out, warn
 
-    assert made.output is not None  # refused before the work
-    for warned in made.analysis.warnings:
+    for warned in found.warnings:
         warn(warned.text)
-    for note in made.notes:
+    for note in found.notes:
         warn(note)
     if format == "json":
-        print((made.output / ANALYSIS_FILE).read_text(encoding="utf-8"), end="")  # noqa: T201
+        print((output / ANALYSIS_FILE).read_text(encoding="utf-8"), end="")  # noqa: T201
         return
-    out.print("\n".join(lines(as_document(made.analysis))))
-    out.print(f"read on: {made.output / PAGE_FILE} (analysed in {made.seconds:.1f} s)")
+    out.print("\n".join(lines(as_document(found))))
+    out.print(f"read on: {output / PAGE_FILE} (analysed in {seconds:.1f} s)")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cart_hf.merging.pieces import BLOCK, Thresholds, read_block
 from cart_hf.parallel import Progress, in_parallel
 from cart_hf.plan import Plan, PlannedTensor
@@ -73,8 +75,16 @@ def magnitude_thresholds(plan: Plan, workers: int, report: Progress, processes: 
         of_tensors += pairs
         report("finding thresholds of tensors", pairs[0][0].elements, total)
     found += [pair for pairs in processes.gather(of_tensors) for pair in pairs]
+    if plan.arithmetic == "float64":
+        found = [(scope, _least_rounded_to(threshold)) for scope, threshold in found]
     known = {(scope.model, name): threshold for scope, threshold in found for name in scope.names}
     return {(i, t.name): known.get((i, t.name), 0.0) for t in tensors for i, _ in t.inputs}
+
+
+def _least_rounded_to(threshold: float) -> float:
+    """Return the least number that float32, in which magnitudes are counted, rounds to a threshold."""
+    below = float(np.nextafter(np.float32(threshold), np.float32(0.0)))
+    return (below + threshold) / 2
 
 
 def _scopes(tensors: Sequence[PlannedTensor], i: int) -> Iterator[_Scope]:
