@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 import yaml
 from commands import call, succeed
 
@@ -62,12 +63,20 @@ def test_evaluation_page(tmp_path):
         app.parse_args(words, exit_on_error=False, print_error=False)
 
 
-def test_the_commands_about_adapters_are_understood():
-    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").replace("\\\n", " ")
+@pytest.mark.parametrize("name", ["adaptation", "adapters", "analysis", "benchmarks", "publishing", "tuning"])
+def test_the_commands_of_a_page_are_understood(name):
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = [line.strip() for line in page.splitlines() if line.strip().startswith("cart-hf ")]
-    assert len(commands) >= 6
+    assert commands
     for command in commands:
-        app.parse_args(shlex.split(command.removesuffix("..."))[1:], exit_on_error=False, print_error=False)
+        words = shlex.split(command.removesuffix("..."), comments=True)
+        app.parse_args(words[1:], exit_on_error=False, print_error=False)
+
+
+def test_the_page_about_tuning_has_a_recipes_key(tmp_path):
+    (block,) = blocks("yaml", (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8"))
+    recipe = {"merge_method": "cart", "models": ["a", "b"], **yaml.safe_load(block)}
+    assert len(cart_hf.Recipe.from_mapping(recipe).tuned().points) == 25
 
 
 def test_every_method_and_parameter_is_listed():
