@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from cart_hf.analysis.document import as_document
@@ -26,38 +22,6 @@ def check_place(target: Path, *, overwrite: bool) -> None:
     check_replaceable(target, overwrite=overwrite, what="an analysis of cart-hf", marker=ANALYSIS_FILE)
 
 
-@contextmanager
-def folder_for(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield a hidden folder beside ``target``, which is renamed to it in the end; nothing stays where that fails.
-
-    :raises UserError: when the folder cannot be written, or something has appeared at ``target`` in the meantime.
-    """
-    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
-    work = None
-    try:
-        with _telling(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(".partial", f".{target.name[:100]}.", target.parent))
-            folder = work / "output"
-            folder.mkdir()
-        yield folder
-        check_place(target, overwrite=overwrite)
-        with _telling(target):
-            if target.exists():
-                target.rename(work / "old")
-            folder.rename(target)
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
-        for empty in made:
-            with suppress(OSError):  # what has something in it stays
-                empty.rmdir()
-
-
-def _telling(target: Path) -> AbstractContextManager[None]:
-    return telling(f"cannot write {target}")
-
-
 def write_files(analysis: Analysis, folder: Path, target: Path) -> list[str]:
     """Write all files of an analysis.
 
@@ -70,7 +34,7 @@ def write_files(analysis: Analysis, folder: Path, target: Path) -> list[str]:
 
     document = as_document(analysis)
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    with _telling(target):
+    with telling(f"cannot write {target}"):
         (folder / ANALYSIS_FILE).write_text(text + "\n", encoding="utf-8")
         for name in FRAMES:
             frame(analysis, name).to_csv(folder / f"{name}.csv", index=False, float_format="%.9g")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from cart_hf.analysis.files import check_place, folder_for, write_files
+from cart_hf.analysis.files import check_place, write_files
 from cart_hf.analysis.job import Job
 from cart_hf.analysis.layer_inputs import layer_inputs
 from cart_hf.analysis.matrices import Matrices
@@ -19,7 +19,7 @@ from cart_hf.api import plan_merge, resolved_target
 from cart_hf.errors import UserError, did_you_mean
 from cart_hf.factors import FactorStore, open_store
 from cart_hf.merging import default_workers
-from cart_hf.output.folder import check_inputs
+from cart_hf.output.folder import WorkFolder, check_inputs
 from cart_hf.parallel import Progress, silent
 from cart_hf.plan.build import make_plan
 from cart_hf.processes import join
@@ -107,7 +107,8 @@ def analyze(
     ratios = tuple(ratio for ratio in RATIOS if ratio <= up_to)
     matrices = Matrices(of_cart, ratios, up_to, normalizer, of_cart is plan, processes.device, stores)
     threads = workers or default_workers(matrices.wide_plan(), processes)
-    with nullcontext() if target is None else folder_for(target, overwrite=overwrite) as folder:
+    room = nullcontext() if target is None else WorkFolder(target, overwrite=overwrite, check=check_place)
+    with room as folder:
         if evaluation is not None:
             seen = layer_inputs(recipe, of_cart, evaluation, rows=wanted, processes=processes, progress=progress)
             matrices = replace(matrices, inputs=seen)

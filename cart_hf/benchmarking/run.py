@@ -27,7 +27,7 @@ from cart_hf.processes import Processes, join
 from cart_hf.recipe import Compression, Evaluation, Recipe, Selection, Trial
 from cart_hf.sources import fetch_weights
 from cart_hf.tasks import evaluation_of
-from cart_hf.tuning.ledger import LEDGER_FILE, Ledger, Measured
+from cart_hf.tuning.ledger import LEDGER_FILE, Ledger, Measured, point_of
 from cart_hf.tuning.merges import Merges, kept_factors
 from cart_hf.tuning.sample import Collected, Sample, sample_of, selected
 from cart_hf.tuning.search import Point, search_grid
@@ -165,7 +165,7 @@ class _Run:
         for sample in self.samples:
             problems.extend(sample.problems())
         for trial in self.trials:
-            problems.extend(_problems(partial(plan_merge, self._variant(trial, 0))))
+            problems.extend(_problems(partial(plan_merge, self.recipe.variant(trial.method, trial.points[0]))))
         if self.compressions:
             problems.extend(_problems(self._check_compressions))
         if problems:
@@ -251,7 +251,7 @@ class _Run:
     def _compared(self, name: str, variant: Recipe, merges: Merges) -> Measured:
         """Measure a point on the selection split, unless it has been done."""
         assert self.chosen is not None
-        known = self.ledger.get(**self._point(variant, self.chosen))
+        known = self.ledger.get(**point_of(variant, self.chosen.evaluation))
         if known is not None:
             return known
         measured = Measured(self._score(name, merges.make(variant), self.chosen))
@@ -267,20 +267,13 @@ class _Run:
         """Say where factors are kept, up to the largest rank that any of the trials asks for."""
         return kept_factors(trials, self.target / FACTORS_FOLDER)
 
-    def _variant(self, trial: Trial, position: int) -> Recipe:
-        return self.recipe.variant(trial.method, trial.points[position])
-
-    def _point(self, variant: Recipe, sample: Sample) -> dict[str, Any]:
-        """Return what the ledger knows a measurement by."""
-        return {"recipe": variant.to_yaml(), "split": sample.evaluation.split, "limit": sample.evaluation.limit}
-
     def _score(self, name: str, folder: Path, sample: Sample) -> Results:
         return sample.measure(name, folder, base=self.base, processes=self.processes, progress=self.progress)
 
     def _keep(self, measured: Measured, variant: Recipe, sample: Sample) -> None:
         """Note a measurement, if every task has a score."""
         if not measured.results.errors:
-            self.ledger.put(measured, **self._point(variant, sample))
+            self.ledger.put(measured, **point_of(variant, sample.evaluation))
 
     def _measured(
         self,
@@ -291,7 +284,7 @@ class _Run:
         factors: Mapping[str, Any] | None = None,
     ) -> Measured:
         """Merge or compress, and measure, unless it has been done."""
-        known = self.ledger.get(**self._point(variant, sample))
+        known = self.ledger.get(**point_of(variant, sample.evaluation))
         if known is not None and (keep is None or keep.is_dir()):
             return known
         folder = keep or self.target / "attempt"

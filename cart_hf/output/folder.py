@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -83,12 +83,20 @@ def check_inputs(target: Path, plan: Plan) -> None:
                 raise UserError(f"the output {target} is or holds {checkpoint.name} ({folder}), which it is made from")
 
 
+class Check(Protocol):
+    """Refuses a target that must not be replaced."""
+
+    def __call__(self, target: Path, *, overwrite: bool) -> None:
+        """Raise a UserError, or not."""
+
+
 class WorkFolder:
     """A hidden folder beside the target, in which the output is made; that is renamed to the target on success.
 
     :param target: an absolute path, links resolved.
     :param overwrite: whether a target that is not empty is replaced.
     :param keep: told what went wrong, whether the work folder stays; default: it never does.
+    :param check: refuses a target that must not be replaced; default: :func:`check_target`.
     :raises UserError: when the target's parent cannot be written, or the target has appeared in the meantime.
 
     ``path`` is the hidden folder; one that is there already may be given before the context is entered.
@@ -100,8 +108,9 @@ class WorkFolder:
         *,
         overwrite: bool,
         keep: Callable[[BaseException], bool] = lambda _: False,
+        check: Check | None = None,
     ) -> None:
-        self._target, self._overwrite, self._keep = target, overwrite, keep
+        self._target, self._overwrite, self._keep, self._check = target, overwrite, keep, check or check_target
         self._made: list[Path] = []
         self.path: Path | None = None
 
@@ -131,7 +140,7 @@ class WorkFolder:
             return
         assert self.path is not None  # entered
         try:
-            check_target(self._target, overwrite=self._overwrite)  # another process may have been faster
+            self._check(self._target, overwrite=self._overwrite)  # another process may have been faster
             old = self.path.with_suffix(".old") if self._target.exists() else None
             if old is not None:
                 self._target.rename(old)

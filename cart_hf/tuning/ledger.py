@@ -11,6 +11,7 @@ from typing import Any
 
 from cart_hf.errors import UserError
 from cart_hf.evaluation.results import Results
+from cart_hf.recipe import Evaluation, Recipe
 
 LEDGER_FILE = "points.json"
 
@@ -25,6 +26,11 @@ class Measured:
 
     results: Results
     adapter_bytes: int = 0
+
+
+def point_of(variant: Recipe, evaluation: Evaluation) -> dict[str, Any]:
+    """Return what a measurement is known by: what was made, and the examples it was measured on."""
+    return {"recipe": variant.to_yaml(), "split": evaluation.split, "limit": evaluation.limit}
 
 
 class Ledger:

@@ -22,7 +22,7 @@ from cart_hf.recipe import Recipe, Selection, Trial, Tuning, with_examples
 from cart_hf.sources import fetch_weights
 from cart_hf.tasks import evaluation_of, known_among
 from cart_hf.tuning.data_free import settings_without_data
-from cart_hf.tuning.ledger import LEDGER_FILE, Ledger, Measured
+from cart_hf.tuning.ledger import LEDGER_FILE, Ledger, Measured, point_of
 from cart_hf.tuning.merges import Merges, kept_factors
 from cart_hf.tuning.sample import Sample, sample_of, selected
 from cart_hf.tuning.search import Point, search_coordinates, search_grid
@@ -237,8 +237,8 @@ class _Search:
 
         :raises UserError: when a task has no score: points could not be compared.
         """
-        variant, evaluation = self._variant(point), self.sample.evaluation
-        key = {"recipe": variant.to_yaml(), "split": evaluation.split, "limit": evaluation.limit}
+        variant = self._variant(point)
+        key = point_of(variant, self.sample.evaluation)
         known = ledger.get(**key)
         if known is None:
             first = self.progress if self.seconds["merging"] == 0 else None  # the decomposition, which takes longest
