@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cart_hf.analysis import Analysis, analyze
     from cart_hf.api import MergeResult, merge
     from cart_hf.benchmarking.run import BenchmarkResult, benchmark
-    from cart_hf.compression import Compressed, compress
+    from cart_hf.compression import Compressed, Masked, compress, restore
     from cart_hf.errors import UserError
     from cart_hf.evaluation.api import evaluate
     from cart_hf.evaluation.results import Results
@@ -26,6 +26,7 @@ __all__ = [
     "BenchmarkResult",
     "Compressed",
     "Evaluation",
+    "Masked",
     "MergeResult",
     "MultiTaskModel",
     "Pushed",
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate",
     "merge",
     "push",
+    "restore",
     "tune",
 ]
 
@@ -53,6 +55,7 @@ _HOMES = {
     "BenchmarkResult": "cart_hf.benchmarking.run",
     "compress": "cart_hf.compression",
     "Compressed": "cart_hf.compression",
+    "Masked": "cart_hf.compression",
     "Evaluation": "cart_hf.recipe",
     "Results": "cart_hf.evaluation.results",
     "evaluate": "cart_hf.evaluation.api",
@@ -62,6 +65,7 @@ _HOMES = {
     "push": "cart_hf.publishing",
     "Pushed": "cart_hf.publishing",
     "Recipe": "cart_hf.recipe",
+    "restore": "cart_hf.compression",
     "tune": "cart_hf.tuning",
     "Tuned": "cart_hf.tuning",
     "UserError": "cart_hf.errors",

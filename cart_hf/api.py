@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cart_hf.errors import UserError, telling
 from cart_hf.factors import FactorStore, open_store
@@ -24,7 +24,11 @@ from cart_hf.plan import Plan, Shard, lay_out, make_plan
 from cart_hf.processes import Processes, StoppedError, join
 from cart_hf.publishing.card import write_card
 from cart_hf.recipe import Recipe, recipe_from_flags, refuse_flags
+from cart_hf.recipe.calibration import check_examples
 from cart_hf.sources import fetch_weights, open_checkpoints
+
+if TYPE_CHECKING:
+    from cart_hf.calibration import Statistics
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class _Job:
         """Count the matrices that have factors."""
         if self.store is None:
             return None
-        groups = (group for group in self.plan.groups() if group.tensors[0].role == "low_rank")
+        groups = (group for group in self.plan.groups() if group.is_whole)
         return sum(self.store.holds(self.plan, group) for group in groups)
 
 
@@ -81,6 +85,7 @@ def merge(
     models: Sequence[str] | None = None,
     method: str | None = None,
     weights: Sequence[float] | None = None,
+    wrap: Mapping[str, Mapping[str, Any]] | Sequence[str] | str | None = None,
     dtype: str | None = None,
     out_dtype: str | None = None,
     include: Sequence[str] | None = None,
@@ -108,6 +113,7 @@ def merge(
     :param models: the fine-tuned models, ``REF`` or ``NAME=REF``.
     :param method: name of a merge method; default: ``cart``.
     :param weights: one weight for each model.
+    :param wrap: what is done to the method's result: names of wrappers, or their parameters by name.
     :param device: ``auto``, ``cpu``, ``cuda``, ``mps`` ...
     :param workers: worker threads of each process; default: one per core. The result does not depend on it.
     :param overwrite: replace an earlier output of cart-hf.
@@ -124,6 +130,7 @@ def merge(
         "models": models,
         "method": method,
         "weights": weights,
+        "wrap": wrap,
         "dtype": dtype,
         "out_dtype": out_dtype,
         "include": include,
@@ -147,9 +154,16 @@ def merge(
     seconds: dict[str, float] = {}
     job, state = _prepare(recipe, target, processes, store, progress, seconds)
     found = job.factors_found()
+    started = time.perf_counter()
+    statistics = calibrated(job.plan, processes, progress)
+    if statistics is not None:
+        seconds["calibrate"] = time.perf_counter() - started
+    if statistics is not None:
+        state = replace(state, settings={**state.settings, "calibrated on": statistics.digest})
     check_alike(processes.gather(state))
     with processes.entered_by_main(lambda: merge_folder(target, state, overwrite=overwrite, resume=resume)) as folder:
-        _execute(job, folder, found, workers or default_workers(job.plan, processes), progress, seconds)
+        workers = workers or default_workers(job.plan, processes)
+        _execute(job, folder, statistics, found, workers, progress, seconds)
     return MergeResult(target, job.plan, seconds, found)
 
 
@@ -165,7 +179,7 @@ def factor_store(recipe: Recipe, folder: str | Path | None, rank_ratio: float | 
     method = get_method(recipe.merge_method)
     if method.of_factors is None:
         raise UserError(f"--factors: {method.name} decomposes nothing; leave it out")
-    return open_store(resolved_target(folder), rank_ratio)
+    return open_store(resolved_target(folder), rank_ratio, method.factors_centre)
 
 
 def resolved_target(output: str | Path) -> Path:
@@ -189,6 +203,8 @@ def plan_merge(recipe: Recipe, progress: Progress | None = None) -> Plan:
     base = [("base", recipe.base_model)] if recipe.base_model else []
     checkpoints = open_checkpoints([*base, *named], progress)
     plan = make_plan(recipe, checkpoints[0] if base else None, checkpoints[len(base) :])
+    if plan.method.calibration is not None:
+        check_examples(recipe)
     tokenizer_source(plan)  # a wrong name must be found before the work
     return plan
 
@@ -219,9 +235,22 @@ def _prepare(
     return processes.everywhere(prepare, in_turns=remote)
 
 
+def calibrated(plan: Plan, processes: Processes, progress: Progress | None) -> Statistics | None:
+    """Return the statistics of the models at work that the plan's method needs; None where it needs none.
+
+    :raises UserError: when they cannot be made.
+    """
+    if plan.method.calibration is None:
+        return None
+    from cart_hf.calibration import calibrate  # here: it runs the models, which other merges do without
+
+    return calibrate(plan, processes, progress)
+
+
 def _execute(
     job: _Job,
     folder: Path,
+    statistics: Statistics | None,
     factors_found: int | None,
     workers: int,
     progress: Progress | None,
@@ -247,7 +276,17 @@ def _execute(
         with Journal(work) as journal, WeightWriter(folder, shards, journal) as writer:
             done = _done(work, writer, processes, workers)
             write, store = writer.write, job.store
-            run(plan, processes, write, workers=workers, store=store, done=done, check=check, progress=progress)
+            run(
+                plan,
+                processes,
+                write,
+                workers=workers,
+                store=store,
+                calibration=statistics,
+                done=done,
+                check=check,
+                progress=progress,
+            )
 
     @telling(cannot_write(job.target))
     def finish() -> None:

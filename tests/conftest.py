@@ -14,6 +14,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+# the files that take longest come first, or one worker ends alone with one of them
+LONGEST = ("adapt_runs", "bad_input", "merge_processes", "push", "adapt", "scripts", "demo", "benchmark", "tune")
+ORDER = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
@@ -24,6 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "gpu": None if torch.cuda.is_available() else "needs a CUDA GPU, and this machine has none",
         "browser": None if find_browser() else "needs Chromium: install it, or set CART_HF_TEST_BROWSER to its program",
     }
+    items.sort(key=lambda item: ORDER.get(item.path.stem, len(ORDER)))
     for item in items:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):

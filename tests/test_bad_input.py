@@ -966,14 +966,19 @@ def test_parents_of_a_failed_output(bench):
 
 @contextmanager
 def largest_file(nbytes: int) -> Iterator[None]:
-    """Let every write beyond ``nbytes`` of a file fail, as on a full disk. (Python ignores SIGXFSZ.)"""
+    """Let every write beyond ``nbytes`` of a file fail, as on a full disk. (Python ignores SIGXFSZ.)
+
+    No bytecode is written meanwhile: Python does not see that the file is cut off, and would read it the next time.
+    """
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        sys.dont_write_bytecode = before
 
 
 @pytest.mark.parametrize("nbytes", [0, 1000, 20000])

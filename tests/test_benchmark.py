@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from small_benchmark import TASKS, make_world, recipe_of
 import cart_hf
 import cart_hf.api
 from cart_hf.benchmarking import run as benchmarking
-from cart_hf.benchmarking.report import write_files
+from cart_hf.benchmarking.report import as_json, write_files
 from cart_hf.benchmarking.rows import trials_of
 from cart_hf.benchmarking.sizes import individual_bytes, merged_bytes
 from cart_hf.linalg import low_rank
@@ -35,8 +36,7 @@ def world(tmp_path_factory):
 pytestmark = pytest.mark.usefixtures("own_caches")
 
 
-@pytest.fixture
-def recipe(world):
+def compared(world):
     return recipe_of(*world) | {
         "benchmark": {
             "methods": [
@@ -48,16 +48,33 @@ def recipe(world):
     }
 
 
+@pytest.fixture
+def recipe(world):
+    return compared(world)
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """What a run finds that nobody interrupts, with its models kept."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    return cart_hf.benchmark(cart_hf.Recipe.from_mapping(compared(world)), output=output, keep_models=True)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Be a machine without matplotlib: drawing takes longer than measuring."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
 def write(tmp_path, recipe):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
 
 
-def test_every_number_by_hand(recipe, tmp_path, world):
+def test_every_number_by_hand(recipe, tmp_path, whole):
     """Merging and evaluating point by point with the two verbs gives the table of the one."""
-    result = cart_hf.benchmark(cart_hf.Recipe.from_mapping(recipe), output=tmp_path / "out")
-    rows = {row.name: row for row in result.rows}
+    rows = {row.name: row for row in whole.rows}
     assert list(rows) == ["pretrained", "individual", "weight average", "task arithmetic", "CART, rank 2"]
     settings = {name: recipe["evaluation"][name] for name in ("tasks", "tasks_file", "data")}
 
@@ -91,7 +108,7 @@ def test_every_number_by_hand(recipe, tmp_path, world):
     expected = sum(on_test.tasks[name].score / alone[name].average for name in TASKS) / 3
     assert rows["task arithmetic"].results.normalized == pytest.approx(expected)
     assert rows["individual"].results.normalized == pytest.approx(1.0)
-    assert not (tmp_path / "out" / "attempt").exists()
+    assert not (whole.output / "attempt").exists()
 
 
 def test_a_grid_decomposes_every_matrix_once(recipe, tmp_path, monkeypatch):
@@ -111,16 +128,18 @@ def test_a_grid_decomposes_every_matrix_once(recipe, tmp_path, monkeypatch):
     tensors = cart_hf.api.plan_merge(cart_hf.Recipe.from_mapping(recipe)).tensors
     expected = [int(0.4 * min(tensor.shape)) for tensor in tensors if tensor.role == "low_rank"]
     assert sorted(decomposed) == sorted(expected)
-    assert not (tmp_path / "out" / "factors").exists()
+    assert not [name for name in ("factors", "attempt", "models") if (tmp_path / "out" / name).exists()]
 
 
-def test_files_and_formats(recipe, tmp_path):
-    path, output = write(tmp_path, recipe), tmp_path / "out"
-    answer = succeed("benchmark", path, output, "--keep-models")
+def test_files_and_formats(recipe, tmp_path, whole, monkeypatch):
+    """The command, for which everything is measured already."""
+    path, output = write(tmp_path, recipe), Path(shutil.copytree(whole.output, tmp_path / "out"))
+    answer = succeed("benchmark", path, output, "--resume")
     for word in ("pretrained", "individual", "weight average", "task arithmetic", "CART, rank 2", "norm."):
         assert word in answer.out
     assert "Chosen by the average score on the validation split" in answer.out.replace("\n", " ")
     saved = json.loads((output / "benchmark.json").read_text())
+    assert saved == json.loads(json.dumps(as_json(whole)))
     page = (output / "benchmark.md").read_text()
     for row in saved["rows"]:
         assert f"| {row['name']} |" in page
@@ -131,6 +150,7 @@ def test_files_and_formats(recipe, tmp_path):
     assert names >= {"benchmark.csv", "benchmark.tex", "bars.svg", "radar.svg", "recipe.yaml", "points.json", "models"}
     kept = cart_hf.MultiTaskModel.from_pretrained(output / "models" / "CART, rank 2")
     assert kept.tasks == sorted(TASKS)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     again = succeed("benchmark", path, output, "--resume", "--format", "csv")
     assert again.out == (output / "benchmark.csv").read_text()
     assert json.loads(succeed("benchmark", path, output, "--resume", "--format", "json").out) == saved
@@ -228,7 +248,7 @@ def test_adapters_are_stored_with_one_base(world, tmp_path):
     assert individual_bytes(plan) == sum(tensor.nbytes for file in files for tensor in load_file(file).values())
 
 
-def test_resume_measures_nothing_twice(recipe, tmp_path, monkeypatch):
+def test_resume_measures_nothing_twice(recipe, tmp_path, whole, monkeypatch):
     """A run that is killed half-way goes on; a changed model starts again."""
     path, output = write(tmp_path, recipe), tmp_path / "out"
     measured = []
@@ -247,8 +267,6 @@ def test_resume_measures_nothing_twice(recipe, tmp_path, monkeypatch):
     resumed = cart_hf.benchmark(cart_hf.Recipe.load(path), output=output, resume=True)
     points = 1 + 1 + (3 + 1) + (2 + 1)  # pretrained, average, task arithmetic, cart
     assert len(measured) - 1 - finished == points - finished
-    monkeypatch.setattr(Sample, "measure", real)
-    whole = cart_hf.benchmark(cart_hf.Recipe.load(path), output=tmp_path / "whole")
     strip = [{name: r.metrics for name, r in row.results.tasks.items()} for row in whole.rows]
     assert strip == [{name: r.metrics for name, r in row.results.tasks.items()} for row in resumed.rows]
 
@@ -281,8 +299,9 @@ def test_without_a_list_every_method(recipe):
     ]
 
 
-def test_selection_on_the_scored_split_is_said(recipe, tmp_path):
-    recipe["benchmark"]["selection"] = {"split": "test"}
+def test_selection_on_the_scored_split_is_said(recipe, tmp_path, no_figures):
+    methods = [{"method": "task_arithmetic", "grid": {"scale": [0.1, 1.0]}}]
+    recipe["benchmark"] = {"methods": methods, "selection": {"split": "test"}}
     answer = succeed("benchmark", write(tmp_path, recipe), tmp_path / "out")
     assert "the numbers flatter methods with many settings" in answer.out.replace("\n", " ")
 
@@ -401,7 +420,7 @@ def test_a_missing_model_is_named_first(recipe, tmp_path):
     refuse(output, "benchmark", write(tmp_path, recipe), output, naming=["folder not found: ./not-here"])
 
 
-def test_a_row_whose_coefficients_are_learnt(tmp_path, recipe):
+def test_a_row_whose_coefficients_are_learnt(tmp_path, recipe, no_figures):
     """It is what adapting and evaluating by hand find, and the page says on how many inputs it was learnt."""
     settings = {"steps": 2, "lr": 0.1, "held_out": 0.4}
     recipe["benchmark"] = {"methods": [{"method": "cart", "parameters": {"rank": 2}, "adapt": settings}]}

@@ -14,7 +14,16 @@ import pytest
 import torch
 from checkpoints import make_family
 from commands import assert_absent, call, succeed
-from merge_children import Whole, command, contents, merge_and_look, start_slurm_step, undisturbed, words
+from merge_children import (
+    Whole,
+    command,
+    contents,
+    fork_launched,
+    merge_and_look,
+    start_slurm_step,
+    undisturbed,
+    words,
+)
 from safetensors.torch import load_file, save_file
 
 from cart_hf.api import plan_merge
@@ -54,8 +63,9 @@ def spoil(folder: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def test_num_processes(models: Path, whole: Whole, tmp_path: Path) -> None:
-    """From the command itself, with the summary printed once."""
+def test_num_processes(models: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command itself, with the summary printed once. (`test_torchrun` starts its processes afresh.)"""
+    fork_launched(monkeypatch)
     answer = succeed(*words(models, tmp_path / "out", "--num-processes", 2))
     assert contents(tmp_path / "out") == whole("cart")
     assert json.loads((tmp_path / "out" / "merge.json").read_text())["processes"] == 2

@@ -94,7 +94,7 @@ def adapters(tmp_path_factory) -> tuple[str, list[str]]:
 def test_a_merge_of_adapters_decomposes_no_whole_matrix(adapters, tmp_path, monkeypatch, options):
     base, models = adapters
     with monkeypatch.context() as patch:
-        patch.setattr(pieces, "find_thin", lambda plan, group: None)
+        patch.setattr(pieces, "find_thin", lambda plan, group, centre="average": None)
         cart_hf.merge(base=base, models=models, output=tmp_path / "dense", **options)
     monkeypatch.setattr(pieces, "_read_group", None)  # whole matrices cannot be read
     cart_hf.merge(base=base, models=models, output=tmp_path / "thin", **options)

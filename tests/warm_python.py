@@ -19,8 +19,9 @@ from tempfile import TemporaryDirectory
 
 SERVER = """
 import gc, importlib.util, json, os, signal, sys
-# each is a second of every process that works with models
-for name in ("torch._dynamo", "torch.distributed.tensor", "pandas", "pyarrow.dataset", "sklearn.metrics", "scipy.stats", "jinja2"):
+# each is a part of a second, or two, of every process that works with models
+LARGE = ["torch._dynamo", "torch.distributed.tensor", "pandas", "pyarrow.dataset", "sklearn.metrics", "scipy.stats"]
+for name in [*LARGE, "jinja2", "cyclopts", "pydantic", "requests", "fsspec", "PIL.Image", "tokenizers"]:
     if importlib.util.find_spec(name.partition(".")[0]):
         importlib.import_module(name)
 readers = {"cart_hf", "huggingface_hub", "transformers", "datasets", "evaluate", "accelerate", "peft"} & set(sys.modules)

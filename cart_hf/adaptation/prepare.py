@@ -11,9 +11,10 @@ import torch
 from cart_hf.adaptation.terms import DenseTerms, LowRankTerms, Rows, Terms
 from cart_hf.factors import FactorStore
 from cart_hf.linalg.low_rank import Factors
-from cart_hf.merging.pieces import Thresholds, chunk_terms, decomposed
+from cart_hf.merging.known import NOTHING, Known
+from cart_hf.merging.pieces import chunk_terms, decomposed
 from cart_hf.merging.shares import Piece, pieces
-from cart_hf.merging.survey import magnitude_thresholds
+from cart_hf.merging.survey import survey
 from cart_hf.parallel import Progress, in_parallel, one_blas_thread, silent
 from cart_hf.plan import Group, Plan
 from cart_hf.processes import Processes
@@ -59,15 +60,15 @@ class Preparation:
         groups = learnable_groups(self.plan, self.parameters)
         rows = {group.name: self._room(place, group, fill=fill) for place, group in enumerate(groups)}
         total = sum(tensor.nbytes for group in groups for tensor in group.tensors)
-        thresholds = self._thresholds(progress) if fill else {}
+        known = self._known(progress) if fill else NOTHING
         found: dict[str, Terms] = {}
 
         def work(piece: Piece) -> int:
             name = piece.group.name
-            if piece.group.tensors[0].role == "low_rank":
+            if piece.group.is_whole:
                 found[name] = self._low_rank(piece.group, rows[name], fill=fill)
             elif fill:
-                self._fill(piece, rows[name], thresholds)
+                self._fill(piece, rows[name], known)
             return piece.nbytes
 
         wanted = [piece for piece in pieces(self.plan) if piece.group.name in rows]
@@ -80,24 +81,23 @@ class Preparation:
                 found[group.name] = DenseTerms(group, self._weights(group)[0], rows[group.name])
         return [found[group.name] for group in groups]
 
-    def _thresholds(self, progress: Progress | None) -> Thresholds:
-        if self.plan.method.survey != "magnitude":
-            return {}
+    def _known(self, progress: Progress | None) -> Known:
         with one_blas_thread():
-            return magnitude_thresholds(self.plan, self.workers, progress or silent, Processes(0, 1, self.device))
+            found = survey(self.plan, self.workers, progress or silent, Processes(0, 1, self.device))
+        return Known(surveyed=found)
 
     def _room(self, place: int, group: Group, *, fill: bool) -> Rows:
         first = group.tensors[0]
-        count = 1 if first.role == "low_rank" else 1 + len(first.inputs)
+        count = 1 if group.is_whole else 1 + len(first.inputs)
         elements = sum(tensor.elements for tensor in group.tensors)
         if self.folder is None:
             return Rows.empty(count, elements, self.device)
         path = self.folder / f"{place}.rows"
         return Rows.empty(count, elements, path) if fill else Rows(count, elements, path)
 
-    def _fill(self, piece: Piece, rows: Rows, thresholds: Thresholds) -> None:
+    def _fill(self, piece: Piece, rows: Rows, known: Known) -> None:
         (tensor,) = piece.group.tensors
-        for first, centre, terms in chunk_terms(self.plan, tensor, piece.start, piece.stop, self.device, thresholds):
+        for first, centre, terms in chunk_terms(self.plan, tensor, piece.start, piece.stop, self.device, known):
             for row, values in enumerate((centre, *terms)):
                 rows.write(row, piece.start + first, values)
 

@@ -13,9 +13,11 @@ from cart_hf.analysis.model import About, Analysis, Tensor
 from cart_hf.analysis.places import in_model_order
 from cart_hf.analysis.tensors import Products, as_tensor, group_products, inner_products
 from cart_hf.analysis.warnings import find_warnings
-from cart_hf.merging.pieces import Thresholds, merge_chunk, merge_group
+from cart_hf.api import calibrated
+from cart_hf.merging.ahead import look_ahead
+from cart_hf.merging.known import Known
+from cart_hf.merging.pieces import merge_chunk, merge_group
 from cart_hf.merging.shares import Piece, pieces, share_of
-from cart_hf.merging.survey import magnitude_thresholds
 from cart_hf.parallel import Progress, in_parallel, one_blas_thread
 from cart_hf.plan import Plan
 from cart_hf.processes import Processes
@@ -57,7 +59,7 @@ class Job:
     def _matrices(self) -> list[Measured]:
         """Measure what CART decomposes, in the order of the model."""
         plan = self.matrices.plan
-        work = share_of([p for p in pieces(plan) if p.group.tensors[0].role == "low_rank"], 0, 1)
+        work = share_of([p for p in pieces(plan) if p.group.is_whole], 0, 1)
         total = sum(piece.nbytes for piece in work)
 
         def measure(piece: Piece) -> tuple[Piece, Measured]:
@@ -73,12 +75,12 @@ class Job:
         """Merge every other tensor, a piece at a time, and return its inner products."""
         work = share_of([p for p in pieces(self.plan) if self._is_missing(p)], 0, 1)
         total = sum(piece.nbytes for piece in work)
-        thresholds: Thresholds = {}
-        if self.plan.method.survey == "magnitude" and work:
-            thresholds = magnitude_thresholds(self.plan, self.workers, self.progress, self.processes)
+        known = Known(calibration=calibrated(self.plan, self.processes, self.progress))
+        if work:
+            known = look_ahead(self.plan, self.workers, self.progress, self.processes, known)
 
         def measure(piece: Piece) -> tuple[Piece, list[Products]]:
-            return piece, self._merged(piece, thresholds)
+            return piece, self._merged(piece, known)
 
         found: dict[str, dict[int, Products]] = {}
         for piece, products in in_parallel(measure, work, self.workers):
@@ -92,15 +94,16 @@ class Job:
         first = piece.group.tensors[0]
         if not first.inputs or not DTYPES[first.dtype].is_floating_point:
             return False
-        return not (self.matrices.merges and first.role == "low_rank")
+        return not (self.matrices.merges and piece.group.is_whole)
 
-    def _merged(self, piece: Piece, thresholds: Thresholds) -> list[Products]:
+    def _merged(self, piece: Piece, known: Known) -> list[Products]:
         """Merge a piece as the recipe says, and multiply it with what it was made from."""
         plan, tensors, device = self.plan, piece.group.tensors, self.processes.device
-        if tensors[0].role == "low_rank":  # a method of somebody else's
-            return [one for _, one in group_products(plan, piece.group, merge_group(plan, piece.group, device))]
+        if piece.group.is_whole:
+            merged = merge_group(plan, piece.group, device, known=known)
+            return [one for _, one in group_products(plan, piece.group, merged)]
         (tensor,) = tensors
-        merged = merge_chunk(plan, tensor, piece.start, piece.stop, device, thresholds)
+        merged = merge_chunk(plan, tensor, piece.start, piece.stop, device, known)
         return [inner_products(plan, tensor, (piece.start, piece.stop), merged)]
 
     def _tensors(self, products: Mapping[str, Products]) -> list[Tensor]:
@@ -113,7 +116,6 @@ class Job:
 
     def _about(self) -> About:
         plan = self.plan
-        counts = {role: plan.count(role) for role in ("low_rank", "elementwise", "average", "base")}
         return About(
             method=plan.method.name,
             title=plan.method.title,
@@ -130,7 +132,7 @@ class Job:
                 for model in plan.models
             ],
             output_class=plan.output_class,
-            roles={role: count for role, count in counts.items() if count},
+            roles=plan.counts,
             normalizer=self.matrices.normalizer,
             ratios=tuple(self.matrices.ratios),
         )

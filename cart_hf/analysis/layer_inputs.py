@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 
-from cart_hf.adaptation.answering import owner_of
-from cart_hf.errors import UserError
+from cart_hf.calibration.reading import first_argument, opened, real_places, real_tokens, tasks_of_models
 from cart_hf.evaluation.batches import Batch, batches, split_into_batches
 from cart_hf.evaluation.heads import check_modality
-from cart_hf.evaluation.model import Model, load_complete, modality_of, preprocessor_of
 from cart_hf.evaluation.prediction import on_device
 from cart_hf.evaluation.run import reader
 from cart_hf.parallel import Progress
@@ -20,7 +18,7 @@ from cart_hf.plan.align import reference_architecture
 from cart_hf.processes import Processes
 from cart_hf.recipe import Evaluation, Recipe
 from cart_hf.sources import Checkpoint
-from cart_hf.tasks import Task, TaskData, find_tasks
+from cart_hf.tasks import TaskData
 
 _EXAMPLES, _FEWEST_TOKENS = 64, 4  # read at least, if that many are wanted; what a short text has
 _GOLDEN = (5**0.5 - 1) / 2
@@ -51,8 +49,8 @@ def layer_inputs(
         what the Linear reads), float32, on the CPU.
     :raises UserError: when a task has no model or a model no task, or data or a model cannot be read.
     """
-    groups = [group for group in plan.groups() if group.tensors[0].role == "low_rank"]
-    tasks = _tasks_of_models(plan, evaluation)
+    groups = [group for group in plan.groups() if group.is_whole]
+    tasks = tasks_of_models(plan, evaluation)
     examples = min(rows, max(_EXAMPLES, rows // _FEWEST_TOKENS), evaluation.limit or rows)
     read = reader(evaluation.model_copy(update={"limit": examples}), labelled=False)
     data = processes.everywhere(lambda: [read(task) for task in tasks], in_turns=True)
@@ -80,27 +78,6 @@ def is_transposed(plan: Plan, group: Group) -> bool:
     return slot is not None and slot.transposed
 
 
-def _tasks_of_models(plan: Plan, evaluation: Evaluation) -> list[Task]:
-    """Return each model's own task, in the order of the models.
-
-    :raises UserError: when a task has no model, or a model no task.
-    """
-    names = [model.name for model in plan.models]
-    found: dict[str, Task] = {}
-    for task in find_tasks(evaluation.tasks, suite=evaluation.suite, tasks_file=evaluation.tasks_file):
-        found.setdefault(owner_of(task, evaluation, names), task)
-    lacking = [name for name in names if name not in found]
-    if lacking:
-        raise UserError(
-            [
-                f"{name}: none of the tasks is this model's own, so there are no inputs for it; name one of that "
-                f"name, or say which task it answers (evaluation: heads: {{TASK: {name}}})"
-                for name in lacking
-            ]
-        )
-    return [found[name] for name in names]
-
-
 def _modules(groups: Sequence[Group], place: int) -> dict[str, str]:
     """Return the name that one model has for the Linear of each group that it has, by the group's name."""
     names = {group.name: dict(group.tensors[0].inputs).get(place) for group in groups}
@@ -120,7 +97,7 @@ def _read_by(
 
     :param names: of its Linear modules, by group.
     """
-    module, model = _opened(checkpoint, base, processes.device)
+    module, model = opened(checkpoint, base, processes.device)
     check_modality(data.task, model)
     modules = dict(module.named_modules(remove_duplicate=False))
     for group, name in names.items():
@@ -131,28 +108,6 @@ def _read_by(
         for batch in batches(data, everything, model.preprocess):
             kept.start(batch)
             model.logits([], on_device(processes.device, batch))
-
-
-def _opened(checkpoint: Checkpoint, base: str | None, device: torch.device) -> tuple[torch.nn.Module, Model]:
-    """Load a fine-tuned model of any class: there need not be a head that answers.
-
-    :param base: lends its tokenizer or image processor to a model without.
-    """
-    import transformers
-
-    checkpoint.fetch()
-    module = load_complete(checkpoint, getattr(transformers, checkpoint.architecture.class_name)).to(device).eval()
-    run = getattr(module, "get_image_features", module)  # what a CLIP answers with; its text tower names the classes
-    modality = modality_of(module) if run is module else "image"
-    if checkpoint.adapts is not None:  # which lends an adapter its tokenizer
-        base = str(checkpoint.adapts.pinned)
-    preprocess = preprocessor_of(checkpoint.folder, modality, module.config, base)
-
-    def logits(heads: Sequence[str], inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        run(**inputs)
-        return {}
-
-    return module, Model(modality, preprocess, {}, logits, None)
 
 
 class _Kept:
@@ -175,8 +130,7 @@ class _Kept:
         self._first = self._rows * self._read // self._examples
         self._read += len(batch.rows)
         self._quota = self._rows * self._read // self._examples - self._first
-        self._real = batch.inputs.get("attention_mask", torch.ones(len(batch.rows), 1)) > 0
-        self._real[[batch.rows.index(row) for row in batch.broken]] = False
+        self._real = real_tokens(batch)
         self._called.clear()
 
     def hook(self, group: str) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -185,8 +139,8 @@ class _Kept:
         def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if group not in self._called:
                 self._called.add(group)
-                x = (*args, *kwargs.values())[0]
-                places = spread(self._places(x), self._quota, self._first).to(x.device)
+                x = first_argument(args, kwargs)
+                places = spread(real_places(x, self._real), self._quota, self._first).to(x.device)
                 chosen = x.detach().reshape(-1, x.shape[-1])[places]
                 self._found[group].append(chosen.float().cpu())
 
@@ -195,17 +149,6 @@ class _Kept:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what was kept, by group."""
         return {group: torch.cat([torch.empty(0, size), *self._found[group]]) for group, size in self._sizes.items()}
-
-    def _places(self, x: torch.Tensor) -> torch.Tensor:
-        """Return which of the vectors in ``x``, shape (..., n), are of a real token of a real example."""
-        count = x[..., 0].numel()
-        if count == self._real.numel():  # tokens, whatever shape they are in
-            real = self._real.flatten()
-        elif len(x) == len(self._real):  # an example's patches, or its one pooled vector
-            real = self._real.any(dim=1).repeat_interleave(count // len(x))
-        else:  # such as windows of an image
-            real = torch.ones(count)
-        return real.nonzero().flatten()
 
 
 def spread(places: torch.Tensor, count: int, first: int = 0) -> torch.Tensor:

@@ -65,7 +65,7 @@ class Matrices:
 
     def wide_plan(self) -> Plan:
         """Return the plan with as many directions as are looked at, to know what memory it takes."""
-        groups = (self.widened(g) if g.tensors[0].role == "low_rank" else g for g in self.plan.groups())
+        groups = (self.widened(g) if g.is_whole else g for g in self.plan.groups())
         return replace(self.plan, tensors=tuple(tensor for group in groups for tensor in group.tensors))
 
     def measure(self, group: Group) -> Measured:

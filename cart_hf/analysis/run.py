@@ -102,7 +102,8 @@ def analyze(
     plan = plan_merge(recipe, progress)
     if target is not None:
         check_inputs(target, plan)
-    of_cart = plan if plan.method.name == "cart" else make_plan(recipe.variant("cart", {}), plan.base, plan.models)
+    is_cart = plan.method.name == "cart" and not plan.wrappings
+    of_cart = plan if is_cart else make_plan(recipe.variant("cart", {}), plan.base, plan.models)
     fetch_weights(plan.checkpoints, progress)
     ratios = tuple(ratio for ratio in RATIOS if ratio <= up_to)
     matrices = Matrices(of_cart, ratios, up_to, normalizer, of_cart is plan, processes.device, stores)

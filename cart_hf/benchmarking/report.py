@@ -12,7 +12,7 @@ from cart_hf.benchmarking.rows import COMPRESS, INDIVIDUAL, PRETRAINED, Row, set
 from cart_hf.benchmarking.run import BenchmarkResult
 from cart_hf.errors import UserError
 from cart_hf.evaluation.report import percent, transductive
-from cart_hf.recipe.benchmark import INDEXING
+from cart_hf.recipe.benchmark import FORMS, INDEXING
 from cart_hf.tables import Table
 
 RESULTS_FILE, PAGE_FILE = "benchmark.json", "benchmark.md"
@@ -102,7 +102,8 @@ def notes(result: BenchmarkResult) -> list[str]:
     if _sized(result.rows):
         found.append(
             "Sizes are of weights, for all tasks together: the individual models; or one backbone and every head; for "
-            f"{INDEXING} those and every adapter. What only the base has, such as a text tower, counts nowhere."
+            f"{INDEXING} and {FORMS['tsv_c']} those and every adapter; for {FORMS['emr']} those, every mask, and the "
+            "base's backbone. What only the base has, such as a text tower, counts nowhere."
         )
     several = {result.metric for row in result.rows for result in row.results.tasks.values()}
     if any(metric.startswith("mean of") for metric in several):
@@ -183,7 +184,7 @@ def _places(rows: Sequence[Row]) -> tuple[dict[str, tuple[float, float]], dict[s
         score = row.results.normalized
         if not alone or row.nbytes is None or score is None or row.name == PRETRAINED:
             continue
-        if row.method == COMPRESS:
+        if row.method == COMPRESS and row.name not in FORMS.values():
             curve[row.name.removeprefix(INDEXING).strip()] = (row.nbytes / alone, score)
         else:
             models[row.name] = (row.nbytes / alone, score)

@@ -13,7 +13,7 @@ from cart_hf.recipe.benchmark import ADAPTED
 
 PRETRAINED, INDIVIDUAL = "pretrained", "individual"
 COMPRESS = "compress"
-"""What stands for the method in the rows of CART-Indexing: the verb that makes them."""
+"""What stands for the method in the rows of CART-Indexing, TSV-C and EMR-Merging: the verb that makes them."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ def trials_of(recipe: Recipe) -> list[Trial]:
     others = [
         Trial(method=name, name=name)
         for name, method in all_methods().items()
-        if name != own.method and (recipe.base_model is not None or not method.needs_base)
+        if name != own.method
+        and (recipe.base_model is not None or not method.needs_base)
+        and method.model_count in (None, len(recipe.models))
+        and method.calibration is None  # running every model on its data takes long: who wants it names it
     ]
     return [*others, own]
 

@@ -13,12 +13,14 @@ from cart_hf import __version__
 from cart_hf.adaptation import adapt
 from cart_hf.api import merge, plan_merge, resolved_target
 from cart_hf.benchmarking.rows import COMPRESS, INDIVIDUAL, PRETRAINED, Row, display_name, trials_of
-from cart_hf.benchmarking.sizes import individual_bytes, merged_bytes, size_of
-from cart_hf.compression import compress, plan_compression
+from cart_hf.benchmarking.sizes import compressed_bytes, individual_bytes, merged_bytes, size_of
+from cart_hf.compression import compress, plan_compression, plan_masked, restore
 from cart_hf.compression.preview import estimates
 from cart_hf.errors import UserError
 from cart_hf.evaluation.individual import score_individuals
+from cart_hf.evaluation.model import locate
 from cart_hf.evaluation.results import Results
+from cart_hf.evaluation.run import Outcome, run_tasks
 from cart_hf.methods import get_method
 from cart_hf.output import check_replaceable
 from cart_hf.parallel import Progress
@@ -134,7 +136,7 @@ class _Run:
 
     @cached_property
     def compressions(self) -> list[tuple[str, Compression]]:
-        """CART-Indexing's rows: each one's name, and how its adapters are made."""
+        """The rows of compressed models: each one's name, and how they are made."""
         declared = self.recipe.benchmark.compress if self.recipe.benchmark is not None else None
         return declared.rows if declared is not None else []
 
@@ -165,15 +167,21 @@ class _Run:
         for sample in self.samples:
             problems.extend(sample.problems())
         for trial in self.trials:
-            problems.extend(_problems(partial(plan_merge, self.recipe.variant(trial.method, trial.points[0]))))
+            problems.extend(_problems(partial(plan_merge, self.recipe.of_trial(trial, trial.points[0]))))
         if self.compressions:
             problems.extend(_problems(self._check_compressions))
         if problems:
             raise UserError(list(dict.fromkeys(problems)))
 
     def _check_compressions(self) -> None:
-        """Plan the smallest adapters that there are, and compare them with every budget."""
-        smallest = self.compressions[0][1].changed({"rank": 1})
+        """Plan every form; of CART-Indexing the smallest adapters that there are, to compare them with every budget."""
+        forms = {compression.form: compression for _, compression in self.compressions}
+        for form, compression in forms.items():
+            if form != "cart":
+                (plan_masked if form == "emr" else plan_compression)(self._compressed(compression))
+        if "cart" not in forms:
+            return
+        smallest = forms["cart"].changed({"rank": 1})
         _, outlines = plan_compression(self._compressed(smallest))
         least = max(estimate.nbytes or 0 for estimate in estimates(outlines, smallest))
         short = [c.budget for _, c in self.compressions if c.budget_bytes is not None and c.budget_bytes < least]
@@ -206,14 +214,15 @@ class _Run:
         return individual_bytes(self.plan) if alone else merged_bytes(self.plan)
 
     def _compressed_rows(self) -> list[Row]:
-        """Measure CART-Indexing at every size, the largest first: its factors are the others' too."""
+        """Measure every form of compressed models; CART-Indexing's largest first: its factors are the others' too."""
         found: dict[str, Row] = {}
         for name, compression in sorted(self.compressions, key=lambda row: size_of(row[1]), reverse=True):
             keep = self.target / MODELS_FOLDER / name if self.keep_models else None
-            recipe, factors = self._compressed(compression), self._store(*self.trials)
+            recipe = self._compressed(compression)
+            factors = self._store(*self.trials) if compression.form != "emr" else {}
             measured = self._measured(name, recipe, self.scored, keep, factors)
             settings = compression.model_dump(mode="json", exclude_defaults=True)
-            nbytes = merged_bytes(self.plan) + measured.adapter_bytes
+            nbytes = compressed_bytes(self.plan, compression, measured.adapter_bytes)
             found[name] = Row(name, COMPRESS, settings, (), measured.results, nbytes=nbytes)
             self._tell("compressing", len(self.compressions))
         return [found[name] for name, _ in self.compressions]
@@ -228,7 +237,7 @@ class _Run:
         best, tried = self._chosen(name, trial) if len(points) > 1 else (points[0], [])
         keep = self.target / MODELS_FOLDER / trial.name if self.keep_models else None
         factors = {} if keep else self._factors(trial)  # a model that is kept is what `cart-hf merge` would write
-        scored = self.recipe.variant(trial.method, best, trial.adapt)
+        scored = self.recipe.variant(trial.method, best, trial.adapt, trial.wrap)
         results = self._measured(name, scored, self.scored, keep, factors).results
         return Row(name, trial.method, best, trial.on_edge(best) if tried else [], results, tried)
 
@@ -240,7 +249,7 @@ class _Run:
 
         def score(point: Point) -> float:
             if str(point) not in averages:
-                variant = self.recipe.variant(trial.method, point)
+                variant = self.recipe.of_trial(trial, point)
                 averages[str(point)] = self._compared(name, variant, merges).results.average
                 self._tell(f"choosing: {name}", len(trial.points))
             return averages[str(point)] or 0.0
@@ -291,18 +300,42 @@ class _Run:
         options = {"device": self.device, "workers": self.workers, "overwrite": True, **(factors or {})}
         adapter_bytes = 0
         if variant.compress is not None:
-            made = compress(variant, output=folder, **options)
-            adapter_bytes = sum(adapter.nbytes for adapter in made.adapters.values())
+            adapter_bytes = compress(variant, output=folder, **options).task_bytes
         elif variant.adapt is not None:
             options.pop("factors_rank_ratio", None)
             adapt(variant, output=folder, progress=self.progress, **options)
         else:
             merge(variant, output=folder, **options)
-        measured = Measured(self._score(name, folder, sample), adapter_bytes)
+        masks = variant.compress is not None and variant.compress.form == "emr"
+        results = self._score_restored(name, folder, sample) if masks else self._score(name, folder, sample)
+        measured = Measured(results, adapter_bytes)
         if keep is None:
             shutil.rmtree(folder)
         self._keep(measured, variant, sample)
         return measured
+
+    def _score_restored(self, name: str, folder: Path, sample: Sample) -> Results:
+        """Measure every task with the model that its mask makes."""
+        collected, place = Collected(sample, self.processes), self.target / "restored"
+        alone = sample.evaluation.model_copy(update={"heads": {}})
+        for task in sample.tasks:
+            shutil.rmtree(place, ignore_errors=True)
+            try:
+                restore(folder, sample.evaluation.heads.get(task.name, task.head), place)
+                run_tasks(
+                    locate(place),
+                    [task],
+                    alone,
+                    base=self.base,
+                    processes=self.processes,
+                    report=collected.report,
+                    read=sample.read,
+                    progress=self.progress,
+                )
+            except UserError as failure:  # no mask is called like the task's head
+                collected.report(task.name, Outcome(error="; ".join(failure.problems)))
+        shutil.rmtree(place, ignore_errors=True)
+        return collected.results(name)
 
     def _individual(self) -> Results:
         collected = Collected(self.scored, self.processes)

@@ -26,13 +26,22 @@ def merged_bytes(plan: Plan) -> int:
     return sum(tensor.nbytes for tensor in plan.tensors if tensor.inputs) + _head_bytes(plan)
 
 
+def compressed_bytes(plan: Plan, compression: Compression, task_bytes: int) -> int:
+    """Return what compressed models take: the backbone once, every head, and what each task has of its own.
+
+    :param task_bytes: of all adapters or masks. Masks need two backbones, the base's and the unified one.
+    """
+    base = sum(tensor.nbytes for tensor in plan.tensors if tensor.inputs and tensor.base_input is not None)
+    return merged_bytes(plan) + task_bytes + (base if compression.form == "emr" else 0)
+
+
 def size_of(compression: Compression) -> float:
     """Return what decides the size of adapters, to compare those of one sweep: the largest holds all others' factors.
 
-    :param compression: one that decides the ranks.
+    :param compression: one that decides the ranks; of another the size is not compared, and 0.
     """
     decides = (compression.rank_ratio, compression.rank, compression.energy, compression.budget_bytes)
-    return float(next(value for value in decides if value is not None))
+    return float(next((value for value in decides if value is not None), 0))
 
 
 def _own_files(model: Checkpoint) -> int:

@@ -24,6 +24,7 @@ from cart_hf.cli.evaluate import evaluate
 from cart_hf.cli.merge import merge
 from cart_hf.cli.push import push
 from cart_hf.cli.recipes import recipes
+from cart_hf.cli.restore import restore
 from cart_hf.cli.tasks import tasks
 from cart_hf.cli.tune import tune
 from cart_hf.errors import UserError
@@ -36,7 +37,22 @@ app = cyclopts.App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for verb in (merge, adapt, compress, evaluate, benchmark, tune, analyze, push, convert, recipes, tasks, demo, env):
+for verb in (
+    merge,
+    adapt,
+    compress,
+    restore,
+    evaluate,
+    benchmark,
+    tune,
+    analyze,
+    push,
+    convert,
+    recipes,
+    tasks,
+    demo,
+    env,
+):
     app.command(verb)
 
 

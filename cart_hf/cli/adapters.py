@@ -18,7 +18,7 @@ def preview(recipe: Recipe, target: Path | None, *, overwrite: bool, format: str
     from cart_hf.cli.console import out, print_table, size, warn
     from cart_hf.compression import plan_compression
     from cart_hf.compression.preview import estimates
-    from cart_hf.compression.request import centre_of, making_of
+    from cart_hf.compression.request import making_of, writes_centre
     from cart_hf.output import check_target
     from cart_hf.tables import Table, span
 
@@ -44,7 +44,7 @@ def preview(recipe: Recipe, target: Path | None, *, overwrite: bool, format: str
         for one in found
     ]
     print_table(Table(header, rows, words=1))
-    what = "the base is the centre" if centre_of(recipe) == "base" else f"centre {size(plan.nbytes)}"
+    what = f"centre {size(plan.nbytes)}" if writes_centre(recipe) else "the base is the centre"
     out.print(f"{what}; dry run: nothing was written")
     if any(one.wasteful for one in found):
         most = max(one.wasteful for one in found)

@@ -9,6 +9,8 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from cart_hf.cli.adapters import preview, report
+from cart_hf.cli.masks import preview as preview_masks
+from cart_hf.cli.masks import report as report_masks
 from cart_hf.cli.options import (
     EXECUTION,
     HUB,
@@ -38,6 +40,7 @@ def compress(
     models: Annotated[Words, Parameter(group=MODELS)] = None,
     weights: Annotated[Numbers, Parameter(group=MODELS)] = None,
     tokenizer_source: Annotated[str | None, Parameter(group=MODELS)] = None,
+    form: Annotated[Literal["cart", "tsv_c", "emr"] | None, Parameter(group=ADAPTERS)] = None,
     rank_ratio: Annotated[float | None, Parameter(group=ADAPTERS)] = None,
     rank: Annotated[int | None, Parameter(group=ADAPTERS)] = None,
     energy: Annotated[float | None, Parameter(group=ADAPTERS)] = None,
@@ -63,11 +66,13 @@ def compress(
     push_to_hub: Annotated[str | None, Parameter(group=HUB)] = None,
     private: Annotated[bool | None, Parameter(group=HUB, negative="--public")] = None,
 ) -> None:
-    """Store fine-tuned models as their average once, and a small LoRA adapter for each (CART-Indexing).
+    """Store fine-tuned models as one model and a little for each: their average and LoRA adapters (CART-Indexing).
 
     Each adapter holds the top singular directions of what its model differs from the average by, exact norms and
     biases, and the task's own head: nearly the fine-tuned model, at a fraction of its bytes, for plain PEFT. Of a
-    single model the adapter is for the base itself, and is all that is written.
+    single model the adapter is for the base itself, and is all that is written. `--form` names two other ways to store
+    them: TSV-C's adapters of the base, and EMR-Merging's one task vector with a bit for each weight and task, of which
+    `cart-hf restore` makes a task's model.
 
     **Examples**
 
@@ -75,6 +80,7 @@ def compress(
     cart-hf compress --base ./roberta --models sst2=./run1 cola=./run2 rte=./run3 --output small
     cart-hf compress --base ./roberta --models sst2=./run1 cola=./run2 rte=./run3 --output small --budget 10MB
     cart-hf compress recipe.yaml small --rank-ratio 0.04 --adapter-dtype bfloat16 --dry-run
+    cart-hf compress recipe.yaml masked --form emr
     cart-hf compress --base FacebookAI/roberta-base --models textattack/roberta-base-SST-2 --output sst2-lora
     cart-hf compress recipe.yaml small --push-to-hub me/small --private
     ```
@@ -93,8 +99,10 @@ def compress(
         A relative weight for each model in the average.
     tokenizer_source:
         Whose tokenizer the output gets: `base` (default), or a model's name.
+    form:
+        cart (default), tsv_c (adapters of the base, all else restored) or emr (masks of one task vector).
     rank_ratio:
-        The rank of each layer, as a fraction of the smaller dimension (default 0.08).
+        The rank of each layer, as a fraction of the smaller dimension (default 0.08; 1/T for tsv_c).
     rank:
         The rank of each layer, instead of `--rank-ratio`.
     energy:
@@ -102,8 +110,8 @@ def compress(
     budget:
         The size of each adapter, such as 20MB: ranks are chosen where they reduce the error most.
     restore:
-        What else is kept exactly: small (default: norms and biases), all (embeddings too), or none (only the head: such
-        adapters work in batches of several tasks).
+        What else is kept exactly: small (norms and biases; default), all (embeddings too; default for tsv_c), or none
+        (only the head: such adapters work in batches of several tasks).
     centre:
         What the adapters are for: the models' average, which is written (default), or the base.
     adapter_dtype:
@@ -145,7 +153,7 @@ def compress(
     """
     import cart_hf
     from cart_hf.cli.console import progress_bars, quiet_libraries
-    from cart_hf.compression.request import request
+    from cart_hf.compression.request import making_of, request
     from cart_hf.recipe import Recipe
 
     recipe, output_folder = positionals(recipe, output_folder, models)
@@ -162,6 +170,7 @@ def compress(
         "max_shard_size": max_shard_size,
     }
     making = {
+        "form": form,
         "rank_ratio": rank_ratio,
         "rank": rank,
         "energy": energy,
@@ -178,8 +187,9 @@ def compress(
     if target is None and not dry_run:
         raise UserError("no output folder: give it after the recipe, or with --output")
     quiet_libraries()
+    masks = making_of(what).form == "emr"
     if target is None or dry_run:
-        preview(what, target, overwrite=overwrite, format=format)
+        (preview_masks if masks else preview)(what, target, overwrite=overwrite, format=format)
         return
     repo = _checked_family(push_to_hub, what, device, private=private)  # before the work, not after it
     with progress_bars() as bars:
@@ -193,7 +203,10 @@ def compress(
             factors_rank_ratio=factors_rank_ratio,
             progress=bars,
         )
-    report(made, format)
+    if isinstance(made, cart_hf.Masked):
+        report_masks(made, format)
+    else:
+        report(made, format)
     push_made(made.output, repo, private=private, format=format)
 
 
@@ -202,10 +215,12 @@ def _checked_family(repo: str | None, recipe: Recipe, device: str, *, private: b
 
     :raises UserError: when a push could not work.
     """
-    from cart_hf.compression.request import centre_of
+    from cart_hf.compression.request import making_of, writes_centre
 
+    if repo is not None and making_of(recipe).form == "emr":
+        raise UserError("--push-to-hub: masks are not a model; push what `cart-hf restore` makes of them, as you like")
     tasks = [entry.name for entry in recipe.models] if len(recipe.models) > 1 else []
-    if repo is not None and tasks and centre_of(recipe) == "base":
+    if repo is not None and tasks and not writes_centre(recipe):
         raise UserError(
             "--push-to-hub: several adapters of the base are repositories of their own: push each afterwards"
         )

@@ -50,6 +50,7 @@ def merge(
     density: Annotated[float | None, Parameter(group=METHOD)] = None,
     fuse_qkv: Annotated[bool | None, Parameter(group=METHOD, negative=())] = None,
     set_: Annotated[Words, Parameter(name="--set", group=METHOD)] = None,
+    wrap: Annotated[Words, Parameter(group=METHOD)] = None,
     seed: Annotated[int | None, Parameter(group=METHOD)] = None,
     include: Annotated[Words, Parameter(group=TENSORS)] = None,
     exclude: Annotated[Words, Parameter(group=TENSORS)] = None,
@@ -105,21 +106,24 @@ def merge(
     tokenizer_source:
         Whose tokenizer the output gets: `base` (default), or a model's name.
     method:
-        cart (default), average, task_arithmetic, ties, consensus, dare, or one that an installed package adds.
+        cart (default), average, task_arithmetic, ties, consensus, dare, breadcrumbs, della, model_stock, slerp, tsv_m,
+        iso_c, iso_cts, wudi, ace, regmean, fisher, knots, or one that an installed package adds.
     rank_ratio:
-        cart: the rank kept, as a fraction of the smaller dimension (default 0.08).
+        The rank kept, as a fraction of the smaller dimension: cart (default 0.08), tsv_m (1/models).
     rank:
-        cart: the rank kept, instead of `--rank-ratio`.
+        cart, tsv_m: the rank kept, instead of `--rank-ratio`.
     energy:
-        cart: the share of the squared singular values kept, instead of `--rank-ratio`.
+        cart, tsv_m: the share of the squared singular values kept, instead of `--rank-ratio`.
     scale:
         Factor of the merged update: λ of cart (default 1), task_arithmetic, ties ...
     density:
-        ties, dare: the fraction of entries kept.
+        ties, dare, breadcrumbs, della, knots: the fraction of entries kept.
     fuse_qkv:
         cart: decompose query, key and value stacked, as in the paper's open_clip checkpoints.
     set_:
         Any other parameter of the method, as KEY=VALUE.
+    wrap:
+        What is done to the method's result: lines, larv, svc; with parameters as NAME:KEY=VALUE,KEY=VALUE.
     seed:
         Seed of the methods that draw random numbers (default 0).
     include:
@@ -145,8 +149,8 @@ def merge(
     resume:
         Go on with a merge to the same folder that was killed; without one, just start.
     factors:
-        cart: a folder where the singular factors are kept; the next merge of the same models finds them there, with
-        whatever rank and scale.
+        cart, tsv_m: a folder where the singular factors are kept; the next merge of the same models finds them there,
+        with whatever rank and scale.
     factors_rank_ratio:
         Rank up to which to compute the factors (default: as this merge needs).
     as_adapter:
@@ -164,6 +168,7 @@ def merge(
     """
     from cart_hf.processes import is_main
     from cart_hf.recipe import Recipe, recipe_from_flags, refuse_flags
+    from cart_hf.recipe.wrapping import read_flag
 
     recipe, output_folder = positionals(recipe, output_folder, models)
     target = target_of(output, output_folder, push_to_hub)
@@ -182,6 +187,7 @@ def merge(
         "weights": weights,
         "tokenizer_source": tokenizer_source,
         "method": method,
+        "wrap": read_flag(wrap) if wrap else None,
         "seed": seed,
         "include": include,
         "exclude": exclude,
@@ -290,8 +296,9 @@ def share(recipe: Recipe, target: Path, arguments: dict[str, Any]) -> Merged:
     import cart_hf
     from cart_hf.cli import preview
     from cart_hf.cli.console import progress_bars, quiet_libraries, size
+    from cart_hf.methods import get_method
 
-    quiet_libraries(models=False)
+    quiet_libraries(models=get_method(recipe.merge_method).calibration is not None)
     with progress_bars() as bars:
         result = cart_hf.merge(recipe, output=target, progress=bars, **arguments)
     plan, seconds = result.plan, result.seconds

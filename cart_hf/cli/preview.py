@@ -10,6 +10,7 @@ from rich.table import Table
 
 from cart_hf.cli.console import out, size
 from cart_hf.plan import Plan, PlannedTensor
+from cart_hf.plan.model import WHOLE
 from cart_hf.tables import span
 
 
@@ -39,9 +40,9 @@ def _summary(plan: Plan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     others: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in grouped(plan):
-        if row["role"] == "low_rank":
+        if row["role"] in WHOLE:
             shape = " x ".join(map(str, row["shape"]))
-            rows.append(("low_rank", row["tensors"], shape, row["rank"] or "", str(row["count"]), size(row["bytes"])))
+            rows.append((row["role"], row["tensors"], shape, row["rank"] or "", str(row["count"]), size(row["bytes"])))
         else:
             others.setdefault((row["role"], row["reason"]), []).append(row)
     for (role, reason), members in others.items():
@@ -102,7 +103,7 @@ def show(plan: Plan, workers: int) -> None:
 
 def headline(plan: Plan) -> str:
     """One line: what was merged how, and on how many tensors the method acted."""
-    acted = plan.count("low_rank") if plan.method.low_rank else plan.count("elementwise")
+    acted = sum(tensor.role in (*WHOLE, "elementwise") for tensor in plan.tensors)
     kind = "low-rank" if plan.method.low_rank else plan.method.name
     parts = [f"{kind}: {acted} of {len(plan.tensors)} tensors"] if acted else []
     parts += [f"averaged: {plan.count('average')}"] if plan.count("average") else []

@@ -6,14 +6,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cart_hf import __version__
 from cart_hf.compression.adapter import Adapter
 from cart_hf.compression.outline import Outline
-from cart_hf.output.record import COMPRESS_FILE, MERGE_FILE, versions
+from cart_hf.output.record import COMPRESS_FILE, MERGE_FILE, sources_of, versions
 from cart_hf.plan import Plan
 from cart_hf.recipe import Compression
+
+if TYPE_CHECKING:
+    from cart_hf.compression.masked import Mask
 
 _OF_A_MERGE = ("base", "models", "method", "summary", "equation", "citation", "parameters", "adaptation")
 
@@ -32,11 +35,13 @@ def write_record(
     """Write ``compress.json``: bytes of each task, and what every tensor lost.
 
     :param sources: what is recorded of the base and the models, and of the merge that was made of them, if it was one.
-    :param centre_bytes: bytes of the centre's weights; 0 where the base is the centre.
+    :param centre_bytes: bytes of the centre's weights (the ``average``, or TSV-C's ``pretrained``); 0 where the base is
+        the centre, and was not written.
     """
     data = {
         "cart_hf": __version__,
-        "centre": "average" if centre_bytes else "base",
+        "form": compression.form,
+        "centre": ("average" if compression.form == "cart" else "pretrained") if centre_bytes else "base",
         **sources,
         "settings": _settings(plan, compression),
         "bytes": {
@@ -48,6 +53,47 @@ def write_record(
         "seconds": {step: round(value, 3) for step, value in seconds.items()},
         "versions": versions(),
     }
+    _write(folder, data)
+
+
+def write_masked_record(
+    folder: Path, plan: Plan, masks: Mapping[str, Mask], unified_bytes: int, seconds: Mapping[str, float]
+) -> None:
+    """Write ``compress.json`` of EMR-Merging: bytes, rescaler and error of each task.
+
+    :param unified_bytes: bytes of the unified model's weights.
+    """
+    data = {
+        "cart_hf": __version__,
+        "form": "emr",
+        "centre": "base",
+        "equation": "W_t ~ base + rescaler_t * mask_t * unified",
+        "citation": "Huang et al., EMR-Merging (arXiv 2405.17461)",
+        **sources_of(plan),
+        "settings": {"form": "emr"},
+        "bytes": {
+            "unified": unified_bytes,
+            "masks": sum(mask.nbytes for mask in masks.values()),
+            "models": sum(mask.model_bytes for mask in masks.values()),
+        },
+        "tasks": {
+            model.name: {
+                "class": model.architecture.class_name,
+                "bytes": masks[model.name].nbytes,
+                "model_bytes": masks[model.name].model_bytes,
+                "rescaler": masks[model.name].rescaler,
+                "error": _short(masks[model.name].error),
+            }
+            for model in plan.models
+        },
+        "base_tensors": {tensor.key: tensor.base_input for tensor in plan.tensors if tensor.role == "elementwise"},
+        "seconds": {step: round(value, 3) for step, value in seconds.items()},
+        "versions": versions(),
+    }
+    _write(folder, data)
+
+
+def _write(folder: Path, data: Mapping[str, Any]) -> None:
     (folder / COMPRESS_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
@@ -59,7 +105,8 @@ def sources_in(folder: Path) -> dict[str, Any]:
 
 def _settings(plan: Plan, compression: Compression) -> dict[str, Any]:
     ranks = {} if compression.budget else {k: v for k, v in plan.recipe.parameters.items() if k in plan.method.one_of}
-    return {**ranks, **compression.model_dump(mode="json", exclude_none=True, exclude={"centre"})}
+    made = compression.model_dump(mode="json", exclude_none=True, exclude={"centre"})
+    return {**ranks, **made, "restore": compression.restored}
 
 
 def _task(outline: Outline, adapter: Adapter) -> dict[str, Any]:

@@ -19,7 +19,12 @@ def making_of(recipe: Recipe) -> Compression:
 
 def centre_of(recipe: Recipe) -> Centre:
     """Return what the adapters are added to; a single model's average is itself."""
-    return "base" if len(recipe.models) == 1 else making_of(recipe).centre
+    return "base" if len(recipe.models) == 1 else making_of(recipe).around
+
+
+def writes_centre(recipe: Recipe) -> bool:
+    """Whether what the adapters are added to is written beside them, with every task's head."""
+    return len(recipe.models) > 1 and (centre_of(recipe) == "average" or making_of(recipe).form == "tsv_c")
 
 
 def request(recipe: Recipe | None, settings: Mapping[str, Any], making: Mapping[str, Any]) -> Recipe:

@@ -1,4 +1,4 @@
-"""`cart_hf.compress`: the centre of fine-tuned models once, and a LoRA adapter for each (CART-Indexing)."""
+"""`cart_hf.compress`: one model, and for each task a LoRA adapter (CART-Indexing, TSV-C) or a mask (EMR-Merging)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from cart_hf.api import merge, plan_merge, resolved_target
 from cart_hf.compression.adapter import Adapter, Centre, write_adapter
 from cart_hf.compression.decompose import Ranks, decomposer, factors_of, ranks_as_planned, ranks_within
+from cart_hf.compression.masked import Masked, make_masked
 from cart_hf.compression.outline import Outline, outline_adapters
 from cart_hf.compression.record import sources_in, write_record
-from cart_hf.compression.request import centre_of, making_of, request
+from cart_hf.compression.request import centre_of, making_of, request, writes_centre
 from cart_hf.errors import UserError, telling
 from cart_hf.factors import FactorStore, open_store
 from cart_hf.merging import default_workers
@@ -57,6 +58,11 @@ class Compressed:
     centre_bytes: int
     seconds: Mapping[str, float]
 
+    @property
+    def task_bytes(self) -> int:
+        """Bytes of what the tasks have of their own."""
+        return sum(adapter.nbytes for adapter in self.adapters.values())
+
 
 def compress(
     recipe: Recipe | None = None,
@@ -65,6 +71,7 @@ def compress(
     base: str | None = None,
     models: Sequence[str] | None = None,
     weights: Sequence[float] | None = None,
+    form: str | None = None,
     rank_ratio: float | None = None,
     rank: int | None = None,
     energy: float | None = None,
@@ -85,18 +92,21 @@ def compress(
     factors: str | Path | None = None,
     factors_rank_ratio: float | None = None,
     progress: Progress | None = None,
-) -> Compressed:
-    """Store fine-tuned models as their average and one LoRA adapter each (CART-Indexing).
+) -> Compressed | Masked:
+    """Store fine-tuned models as one model and a little for each.
 
-    ``W_t ~ A + lowrank_k(W_t - A)`` with ``A = mean_t W_t``: task t's own model, as nearly as its rank allows, as PEFT
-    has it. Of a single model, the adapter of its difference from the base is made, and nothing else.
+    CART-Indexing (``form="cart"``): ``W_t ~ A + lowrank_k(W_t - A)`` with ``A = mean_t W_t``: task t's own model, as
+    nearly as its rank allows, as PEFT has it. Of a single model, the adapter of its difference from the base is made,
+    and nothing else. TSV-C (``tsv_c``): the same around the base, with 1/T of the directions for each of T tasks.
+    EMR-Merging (``emr``): ``W_t ~ base + λ_t m_t u``, one task vector ``u`` for all, and a bit for each weight and
+    task; :func:`cart_hf.restore` makes a task's model of it.
 
     :param recipe: what to compress, and how (its ``compress`` key, which the arguments about adapters change); or leave
         it out and give ``models`` and the rest.
     :param output: folder to write; it must not exist.
     :param base, models, weights, include, exclude, dtype, out_dtype, max_shard_size, tokenizer_source: as for
         :func:`cart_hf.merge`; ``out_dtype`` is the centre's type.
-    :param rank_ratio, rank, energy, budget, restore, centre: see :class:`cart_hf.recipe.Compression`.
+    :param form, rank_ratio, rank, energy, budget, restore, centre: see :class:`cart_hf.recipe.Compression`.
     :param adapter_dtype: type of the factors: ``float32``, ``bfloat16`` or ``float16``.
     :param solver: ``fast`` or ``exact``.
     :param device, workers: as for :func:`cart_hf.merge`.
@@ -118,6 +128,7 @@ def compress(
         "tokenizer_source": tokenizer_source,
     }
     making = {
+        "form": form,
         "rank_ratio": rank_ratio,
         "rank": rank,
         "energy": energy,
@@ -127,8 +138,13 @@ def compress(
         "dtype": adapter_dtype,
         "solver": solver,
     }
+    wanted = request(recipe, settings, making)
+    if making_of(wanted).form == "emr":
+        if factors is not None or factors_rank_ratio is not None:
+            raise UserError("--factors: emr decomposes nothing; leave it out")
+        return make_masked(wanted, output, device=device, workers=workers, overwrite=overwrite, progress=progress)
     return make(
-        request(recipe, settings, making),
+        wanted,
         output,
         device=device,
         workers=workers,
@@ -152,7 +168,7 @@ def make(
     merged: Path | None = None,
     title: str | None = None,
 ) -> Compressed:
-    """Compress what a recipe says.
+    """Compress what a recipe says to adapters.
 
     :param output, device, workers, overwrite, factors, factors_rank_ratio, progress: as for :func:`compress`.
     :param merged: the merge that the recipe's models are the tasks of: its sources and its recipe are what is recorded.
@@ -185,16 +201,35 @@ def plan_compression(recipe: Recipe, progress: Progress | None = None) -> tuple[
     :raises UserError: with every problem found.
     """
     making = making_of(recipe)
+    _check_tsv_c(recipe)
     own = recipe.parameters if recipe.merge_method == "cart" else {}
     kept = {name: value for name, value in own.items() if name in _OF_CART}
     if making.decides_ranks:
         kept = {name: value for name, value in kept.items() if name not in get_method("cart").one_of}
-    centre = centre_of(recipe)
-    if centre == "base" and recipe.base_model is None:
+    elif making.form == "tsv_c":
+        kept = {name: value for name, value in kept.items() if name == "solver"}
+        kept["rank_ratio"] = 1 / len(recipe.models)  # as the authors' code has it: int(r (1/T)) directions
+    if centre_of(recipe) == "base" and recipe.base_model is None:
         raise UserError("base_model: the adapter of a single model is its difference from the base: name it (--base)")
     plan = plan_merge(recipe.variant("cart", {**kept, **making.parameters}), progress)
     plan = replace(plan, warnings=tuple(warning for warning in plan.warnings if warning != TWO_MODELS))
-    return plan, outline_adapters(plan, making.restore, centre)
+    return plan, outline_adapters(plan, making.restored, "average" if writes_centre(recipe) else "base")
+
+
+def _check_tsv_c(recipe: Recipe) -> None:
+    """Refuse what TSV-C says nothing about.
+
+    :raises UserError: naming what is missing.
+    """
+    if making_of(recipe).form != "tsv_c":
+        return
+    if recipe.base_model is None:
+        raise UserError("base_model: tsv_c works on task vectors and needs the base model: name it (--base)")
+    if len(recipe.models) < 2:
+        raise UserError(
+            f"models: only one model ({recipe.models[0].model}); tsv_c divides the directions between several. For an "
+            "adapter of one model leave --form out"
+        )
 
 
 @dataclass(frozen=True)
@@ -223,10 +258,10 @@ class _Job:
         return made
 
     def _describe(self, folder: Path, made: Compressed) -> None:
-        """Write the records and cards; adapters of the base stand each for itself, and lie in folders of their own."""
+        """Write the records and cards; without a centre each adapter stands for itself, in a folder of its own."""
         sources = sources_in(self.merged) if self.merged else self._sources(folder)
         groups = [(folder, self.title, self.outlines)]
-        if centre_of(self.recipe) == "base" and len(self.outlines) > 1:
+        if not writes_centre(self.recipe) and len(self.outlines) > 1:
             groups += [(self._folder_of(folder, one), one.name, [one]) for one in self.outlines]
         for place, title, outlines in groups:
             names = [outline.name for outline in outlines]
@@ -251,7 +286,7 @@ class _Job:
 
     def _sources(self, folder: Path) -> dict[str, Any]:
         """Return what is recorded of base and models; where the centre was merged, it has asked the Hub about them."""
-        if centre_of(self.recipe) == "base":
+        if not writes_centre(self.recipe):
             return sources_of(self.plan)
         found = sources_in(folder)
         return {key: found[key] for key in ("base", "models")}
@@ -275,11 +310,12 @@ class _Job:
         return result
 
     def _centre(self, folder: Path) -> Centre:
-        """Write the average as a merge does, or take the base."""
-        if centre_of(self.recipe) == "base":
+        """Write the average, or TSV-C's base, as a merge does; or take the base where it lies."""
+        if not writes_centre(self.recipe):
             assert self.plan.base is not None  # checked when it was planned
             return Centre(self.plan.base, is_base=True)
-        variant = self.recipe.variant("average", {})
+        of_base = centre_of(self.recipe) == "base"
+        variant = self.recipe.variant(*(("task_arithmetic", {"scale": 0.0}) if of_base else ("average", {})))
         merge(variant, output=folder, device=str(self.processes.device), workers=self.workers, progress=self.progress)
         return Centre(open_checkpoint("centre", Reference(str(folder))), is_base=False)
 
@@ -308,7 +344,7 @@ class _Job:
 
     def _base_of(self, outline: Outline) -> Reference | str:
         """Return the model that people add an adapter to."""
-        if centre_of(self.recipe) == "average":
+        if writes_centre(self.recipe):
             return str(self.target / "tasks" / outline.name if outline.name in self.plan.heads else self.target)
         base = self.plan.base
         assert base is not None  # checked when it was planned

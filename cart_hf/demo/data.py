@@ -31,10 +31,10 @@ def _table() -> Any:
 @cache
 def clinc150() -> dict[str, dict[str, Split]]:
     """Return {domain: {train | validation | test: Split}}, domains in alphabetical order."""
-    domains = sorted(set(_table()["domain"]))
+    domains = sorted(set(_table()["domain"][:]))
     found = {domain: {split: Split([], []) for split in ("train", "validation", "test")} for domain in domains}
     numbers = {domain: {name: i for i, name in enumerate(intents(domain))} for domain in domains}
-    columns = (list(_table()[column]) for column in ("domain", "split", "intent", "sentence"))
+    columns = (_table()[column][:] for column in ("domain", "split", "intent", "sentence"))
     for domain, split, intent, sentence in zip(*columns, strict=True):
         found[domain][split].sentences.append(sentence)
         found[domain][split].labels.append(numbers[domain][intent])
@@ -49,7 +49,7 @@ def intents(domain: str) -> list[str]:
 @cache
 def _intents() -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
-    for domain, intent in zip(list(_table()["domain"]), list(_table()["intent"]), strict=True):
+    for domain, intent in zip(_table()["domain"][:], _table()["intent"][:], strict=True):
         found.setdefault(domain, set()).add(intent)
     return {domain: sorted(names) for domain, names in found.items()}
 

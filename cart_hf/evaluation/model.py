@@ -147,12 +147,11 @@ def declared_evaluation(located: Located) -> Evaluation | None:
 
 def _merge_recipe(folder: Path) -> dict[str, Any]:
     """Return the recipe beside a merge as it is written: to load it would ask for models that may be gone by now."""
-    import yaml
-
     from cart_hf.output.record import RECIPE_FILE
+    from cart_hf.recipe.reading import parse_yaml
 
     path = folder / RECIPE_FILE
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    found = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
     return found if isinstance(found, dict) else {}
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from cart_hf.merging.pieces import Thresholds, cast, merge_chunk, merge_group, sources_of
+from cart_hf.merging.ahead import look_ahead
+from cart_hf.merging.known import Calibration, Known
+from cart_hf.merging.pieces import cast, merge_chunk, merge_group, sources_of
 from cart_hf.merging.shares import Piece, Span, pieces, share_of
-from cart_hf.merging.survey import magnitude_thresholds
 from cart_hf.parallel import Progress, in_parallel, one_blas_thread
 from cart_hf.plan import Plan, PlannedTensor
 from cart_hf.processes import Processes
@@ -52,6 +53,7 @@ def run(
     *,
     workers: int,
     store: FactorStore | None = None,
+    calibration: Calibration | None = None,
     done: Collection[Span] = (),
     check: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
@@ -61,6 +63,7 @@ def run(
     :param write: called with a tensor of the plan, the first element's position in it, and a 1-D tensor of the
         output's type; from several threads at once.
     :param store: where the factors of low-rank methods are looked for, and kept.
+    :param calibration: statistics of the models at work, for methods that need them.
     :param done: what has been written already; the same in every process.
     :param check: called before each piece, from several threads at once; what it raises ends the work.
     :raises UserError: when an input holds NaN or Inf, or a result does not fit the output's type.
@@ -71,13 +74,13 @@ def run(
         if progress is not None:
             progress(step, advance, total)
 
-    if plan.method.low_rank:
+    if plan.method.matrices:
         import cart_hf.linalg.low_rank  # noqa: F401  # a limit on BLAS threads reaches only what is loaded by then
     missing = [piece for piece in pieces(plan) if not all(span in done for span in piece.spans)]
     with one_blas_thread():
-        thresholds: Thresholds = {}
-        if plan.method.survey == "magnitude" and missing:
-            thresholds = magnitude_thresholds(plan, workers, report, processes)
+        known = Known(calibration=calibration)
+        if missing:
+            known = look_ahead(plan, workers, report, processes, known, store)
         share = share_of(missing, processes.rank, processes.count)
         ahead = iter(share[workers:])
         total = sum(piece.nbytes for piece in share)
@@ -86,7 +89,7 @@ def run(
             check()
             with suppress(StopIteration):  # the system reads what is next while this one is computed
                 _will_need(plan, next(ahead), store)
-            _carry_out(plan, piece, processes.device, thresholds, store, write)
+            _carry_out(plan, piece, processes.device, known, store, write)
             return piece.nbytes
 
         for nbytes in in_parallel(work, share, workers):
@@ -96,7 +99,7 @@ def run(
 
 def _will_need(plan: Plan, piece: Piece, store: FactorStore | None) -> None:
     """Have the system read what a piece is made from; not the models where their factors are likely to do."""
-    if store is not None and piece.group.tensors[0].role == "low_rank" and store.holds(plan, piece.group):
+    if store is not None and piece.group.is_whole and store.holds(plan, piece.group):
         return
     for tensor, (_, start, stop) in zip(piece.group.tensors, piece.spans, strict=True):
         for source, name in sources_of(plan, tensor):
@@ -107,15 +110,15 @@ def _carry_out(
     plan: Plan,
     piece: Piece,
     device: torch.device,
-    thresholds: Thresholds,
+    known: Known,
     store: FactorStore | None,
     write: Write,
 ) -> None:
     tensors = piece.group.tensors
-    if tensors[0].role == "low_rank":
-        merged = merge_group(plan, piece.group, device, store)
+    if piece.group.is_whole:
+        merged = merge_group(plan, piece.group, device, store, known)
         for tensor, part in zip(tensors, torch.split(merged, [t.shape[0] for t in tensors]), strict=True):
             write(tensor, 0, cast(plan, tensor, part.reshape(-1)))
         return
     (tensor,) = tensors
-    write(tensor, piece.start, merge_chunk(plan, tensor, piece.start, piece.stop, device, thresholds))
+    write(tensor, piece.start, merge_chunk(plan, tensor, piece.start, piece.stop, device, known))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cart_hf.errors import UserError
-from cart_hf.merging.thin import Thin, centred_products, find_thin
+from cart_hf.merging.known import NOTHING, Known
+from cart_hf.merging.thin import Thin, factorize_thin, find_thin
 from cart_hf.methods import Method, get_method
 from cart_hf.methods.linear import combine
 from cart_hf.plan import Group, Plan, PlannedTensor
@@ -24,40 +25,81 @@ from cart_hf.sources import DTYPES, Checkpoint
 if TYPE_CHECKING:
     from cart_hf.factors import FactorStore
     from cart_hf.factors.store import Centred
+    from cart_hf.methods.registry import Centre
     from cart_hf.plan.coefficients import Learnt
-    from cart_hf.recipe.compression import Centre
-
-Thresholds = Mapping[tuple[int, str], float]
-"""Magnitude below which entries are trimmed, by (model, tensor name)."""
 
 BLOCK = 2**17  # elements of each model that a CPU computes with at a time
 _of_thread = threading.local()
 
 
-def merge_group(plan: Plan, group: Group, device: torch.device, store: FactorStore | None = None) -> torch.Tensor:
-    """Merge a matrix, or matrices stacked row-wise, with a low-rank method.
+def merge_group(
+    plan: Plan, group: Group, device: torch.device, store: FactorStore | None = None, known: Known = NOTHING
+) -> torch.Tensor:
+    """Merge a matrix, or matrices stacked row-wise, with a method on matrices.
 
     :param store: where factors are looked for, and kept.
     :return: shape of the stacked matrix, in the arithmetic's type, on ``device``.
     """
     from cart_hf.linalg.gram import DecompositionError  # here: element-wise work does without SciPy
 
-    first = group.tensors[0]
     try:
-        if store is not None:
-            return merge_by_factors(plan, group, *decomposed(plan, group, device, store))
-        thin = find_thin(plan, group) if plan.method.of_factors is not None else None
-        if thin is not None:
-            centred = _centred_thin(plan, group, thin, device, rank=first.rank, energy=first.energy)
-            return merge_by_factors(plan, group, centred)
-        if plan.learnt(group) is not None:
-            return merge_by_factors(plan, group, decompose(plan, group, device, rank=first.rank, energy=first.energy))
-        models = _read_group(plan, group, device)
-        return plan.method.function(models=models, rank=first.rank, energy=first.energy, **_arguments(plan, first))
+        merged = _merge_matrix(plan, group, device, store, known)
     except DecompositionError as failure:
         raise RuntimeError(
             f"{plan.method.name} failed on tensor '{group.name}' (shape {list(group.shape)}): {failure}"
         ) from failure
+    return _wrapped(plan, group, merged, device, known)
+
+
+def _merge_matrix(
+    plan: Plan, group: Group, device: torch.device, store: FactorStore | None, known: Known
+) -> torch.Tensor:
+    method, first = plan.method, group.tensors[0]
+    if method.of_factors is not None:
+        if store is not None:
+            return merge_by_factors(plan, group, *decomposed(plan, group, device, store))
+        centre = method.factors_centre
+        thin = find_thin(plan, group, centre)
+        if thin is not None:
+            return merge_by_factors(
+                plan, group, _factorize_thin(plan, group, thin, device, first.rank, first.energy, centre)
+            )
+        if plan.learnt(group) is not None:
+            around = decompose(plan, group, device, rank=first.rank, energy=first.energy, centre=centre)
+            return merge_by_factors(plan, group, around)
+    arguments = _arguments(plan, first)
+    models = read_group(plan, group, device)
+    if method.low_rank:
+        arguments |= {"rank": first.rank, "energy": first.energy}
+    if method.calibration == "gram":
+        assert known.calibration is not None  # found before the work
+        arguments["grams"] = known.calibration.grams(plan, group, device)
+    if method.needs_base:
+        base = read_base(plan, group, device)
+        arguments["base"] = base.mT if first.transposed else base
+    if first.transposed:
+        return method.function(models=models.mT, **arguments).mT
+    return method.function(models=models, **arguments)
+
+
+def _wrapped(plan: Plan, group: Group, merged: torch.Tensor, device: torch.device, known: Known) -> torch.Tensor:
+    """Do to a merged matrix what the recipe's wrappers do: those of matrices first, in order, and those of layers."""
+    first = group.tensors[0]
+    scales = [known.scales.get(tensor.name, 1.0) for tensor in group.tensors]
+    if not first.wrapped and set(scales) == {1.0}:
+        return merged
+    base = read_base(plan, group, device)
+    if first.wrapped:
+        merged = merged.clone()  # it may lie in the buffer that the models are read into
+        for wrapper, parameters in ((one.wrapper, one.parameters) for one in plan.wrappings):
+            if wrapper.matrix is not None:
+                models = read_group(plan, group, device)
+                if first.transposed:
+                    merged = wrapper.matrix(merged=merged.mT, base=base.mT, models=models.mT, **parameters).mT
+                else:
+                    merged = wrapper.matrix(merged=merged, base=base, models=models, **parameters)
+    rows = [merged.new_full((tensor.shape[0], 1), scale) for tensor, scale in zip(group.tensors, scales, strict=True)]
+    return torch.lerp(base, merged, torch.cat(rows))
 
 
 def merge_by_factors(plan: Plan, group: Group, centred: Centred, ranks: Sequence[int] | None = None) -> torch.Tensor:
@@ -120,30 +162,37 @@ def decompose(
     from cart_hf.factors.store import Centred
     from cart_hf.methods.cart import centred_factors
 
-    parameters = group.tensors[0].parameters
-    weight, solver = parameters["weight"], parameters.get("solver", "fast")
-    thin = find_thin(plan, group) if centre == "average" else None
+    parameters, inputs = group.tensors[0].parameters, group.tensors[0].inputs
+    weight, solver = parameters.get("weight", [1.0] * len(inputs)), parameters.get("solver", "fast")
+    thin = find_thin(plan, group, centre)
     if thin is not None:
-        return _centred_thin(plan, group, thin, device, rank=rank, energy=energy)
-    models = _read_group(plan, group, device)
-    around = _read_base(plan, group, device) if centre == "base" else None
+        return _factorize_thin(plan, group, thin, device, rank, energy, centre)
+    models = read_group(plan, group, device)
+    around = read_base(plan, group, device) if centre == "base" else None
     return Centred(*centred_factors(models, weight, rank=rank, energy=energy, solver=solver, centre=around))
 
 
-def _centred_thin(
-    plan: Plan, group: Group, thin: Thin, device: torch.device, *, rank: int | None, energy: float | None
+def _factorize_thin(
+    plan: Plan,
+    group: Group,
+    thin: Thin,
+    device: torch.device,
+    rank: int | None,
+    energy: float | None,
+    centre: Centre,
 ) -> Centred:
     """Do the same for the adapters of one base."""
     from cart_hf.factors.store import Centred
 
     (tensor,) = group.tensors
-    base = thin.read_base(_arithmetic(plan)).to(device)
+    base = thin.read_base(arithmetic(plan)).to(device)
     i, name = tensor.inputs[0]
     refuse_broken(base, plan.models[i], name)
-    return Centred(*centred_products(thin, base, tensor.parameters["weight"], rank=rank, energy=energy))
+    weight = tensor.parameters.get("weight", [1.0] * len(tensor.inputs)) if centre == "average" else None
+    return Centred(*factorize_thin(thin, base, weight, rank=rank, energy=energy))
 
 
-def _read_base(plan: Plan, group: Group, device: torch.device) -> torch.Tensor:
+def read_base(plan: Plan, group: Group, device: torch.device) -> torch.Tensor:
     """Read the base's matrices, stacked, shape (m, n)."""
     assert plan.base is not None  # what to centre at the base means
     parts = [
@@ -154,7 +203,7 @@ def _read_base(plan: Plan, group: Group, device: torch.device) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _read_group(plan: Plan, group: Group, device: torch.device) -> torch.Tensor:
+def read_group(plan: Plan, group: Group, device: torch.device) -> torch.Tensor:
     """Read the matrices of every model, shape (T, m, n), into this thread's buffer where the device is the CPU."""
     first = group.tensors[0]
     models = _buffer(plan, len(first.inputs), math.prod(group.shape))
@@ -167,7 +216,7 @@ def _read_group(plan: Plan, group: Group, device: torch.device) -> torch.Tensor:
 
 
 def merge_chunk(
-    plan: Plan, tensor: PlannedTensor, start: int, stop: int, device: torch.device, thresholds: Thresholds
+    plan: Plan, tensor: PlannedTensor, start: int, stop: int, device: torch.device, known: Known = NOTHING
 ) -> torch.Tensor:
     """Merge elements ``start`` to ``stop`` of a tensor, entry by entry.
 
@@ -181,19 +230,26 @@ def merge_chunk(
         normalize = arguments.get("normalize", True) if method.name == "average" else True
         arguments = {"weight": arguments.get("weight", [1.0] * len(tensor.inputs)), "normalize": normalize}
         method = get_method("average")
-    result = torch.empty(stop - start, dtype=DTYPES[tensor.dtype])
-    for first, inputs in _blocks(plan, tensor, (start, stop), device, method, thresholds):
+    scale = 1.0 if tensor.wrapped else known.scales.get(tensor.name, 1.0)
+    result = torch.empty(stop - start, dtype=arithmetic(plan) if tensor.wrapped else DTYPES[tensor.dtype])
+    for first, inputs, base in _blocks(plan, tensor, (start, stop), device, method, known, with_base=scale != 1):
         if learnt is None:
             merged = method.function(**inputs, **arguments)
         else:
             assert method.linear is not None  # what coefficients are learnt for
             merged = combine(*method.linear.terms(**inputs, **arguments), learnt.values)
-        result[first : first + len(merged)] = cast(plan, tensor, merged)
-    return result
+        merged = merged.reshape(-1)
+        if scale != 1 and base is not None:
+            merged = torch.lerp(base, merged, scale)
+        result[first : first + len(merged)] = merged.cpu() if tensor.wrapped else cast(plan, tensor, merged)
+    if not tensor.wrapped:
+        return result
+    whole = _wrapped(plan, Group((tensor,)), result.view(tensor.shape).to(device), device, known)
+    return cast(plan, tensor, whole.reshape(-1))
 
 
 def chunk_terms(
-    plan: Plan, tensor: PlannedTensor, start: int, stop: int, device: torch.device, thresholds: Thresholds
+    plan: Plan, tensor: PlannedTensor, start: int, stop: int, device: torch.device, known: Known = NOTHING
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Yield elements ``start`` to ``stop`` of a tensor as a linear method's centre and terms, a block at a time.
 
@@ -201,8 +257,9 @@ def chunk_terms(
     """
     arguments, linear = _arguments(plan, tensor), plan.method.linear
     assert linear is not None  # the caller's business
-    for first, inputs in _blocks(plan, tensor, (start, stop), device, plan.method, thresholds):
-        yield first, *linear.terms(**inputs, **arguments)
+    for first, inputs, _ in _blocks(plan, tensor, (start, stop), device, plan.method, known):
+        centre, terms = linear.terms(**inputs, **arguments)
+        yield first, centre.reshape(-1), terms.flatten(start_dim=1)
 
 
 def _blocks(
@@ -211,34 +268,57 @@ def _blocks(
     span: tuple[int, int],
     device: torch.device,
     method: Method,
-    thresholds: Thresholds,
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield what an element-wise method is called with, besides its parameters, for one block after the other."""
+    known: Known,
+    *,
+    with_base: bool = False,
+) -> Iterator[tuple[int, dict[str, Any], torch.Tensor | None]]:
+    """Yield what an element-wise method is called with, besides its parameters, for one block after the other.
+
+    :param with_base: whether the base's block is wanted although the method may do without.
+    :return: the block's first element, counted from the span's; the arguments; the base's block, where there is one.
+    """
     start, stop = span
-    shared: dict[str, Any] = {}
-    if method.survey == "magnitude":
-        shared["thresholds"] = [thresholds[i, tensor.name] for i, _ in tensor.inputs]
+    shared: dict[str, Any] = dict(known.surveyed.get(tensor.name, {})) if method is plan.method else {}
     if method.random:  # block by block they go on: what they draw does not depend on the block's size
         shared["generators"] = [_generator(plan, tensor, plan.models[i].name, start) for i, _ in tensor.inputs]
-    sources = sources_of(plan, tensor)
-    step = BLOCK if device.type == "cpu" else stop - start
-    for first in range(start, stop, step):
-        block = read_block(plan, sources, (first, min(first + step, stop))).to(device)
-        models = len(tensor.inputs)
-        base = {"base": block[-1]} if len(sources) > models else {}
-        yield first - start, {"models": block[:models], **base, **shared}
+    count, needs_base = len(tensor.inputs), tensor.role == "elementwise" and method.needs_base
+    sources = sources_of(plan, tensor, with_base=with_base or needs_base)
+    shape = (-1, tensor.row) if method.rows else (-1,)
+    for first in range(start, stop, step := _step(tensor, method, stop - start, device)):
+        last = min(first + step, stop)
+        block = read_block(plan, sources, (first, last)).to(device)
+        base = block[count] if len(sources) > count else None
+        inputs = {"models": block[:count].view(count, *shape), **shared}
+        if needs_base and base is not None:
+            inputs["base"] = base.view(shape)
+        if method.calibration == "fisher":
+            assert known.calibration is not None  # found before the work
+            inputs["fisher"] = known.calibration.fisher(plan, tensor, first, last, device)
+        yield first - start, inputs, base
 
 
-def sources_of(plan: Plan, tensor: PlannedTensor) -> list[tuple[Checkpoint, str]]:
+def _step(tensor: PlannedTensor, method: Method, elements: int, device: torch.device) -> int:
+    """Return how many elements of each model to compute with at a time."""
+    if device.type != "cpu":
+        return max(elements, 1)
+    return max(BLOCK // tensor.row, 1) * tensor.row if method.rows else BLOCK
+
+
+def sources_of(plan: Plan, tensor: PlannedTensor, *, with_base: bool | None = None) -> list[tuple[Checkpoint, str]]:
     """Return what a tensor is made from, and its name there: every model's, and last the base's where it is needed.
 
     A tensor that is copied has one source: the base where the base has it, else the first model.
+
+    :param with_base: whether the base is needed; default: as the method does.
     """
     models = [(plan.models[i], name) for i, name in tensor.inputs]
     base = [(plan.base, tensor.base_input)] if plan.base is not None and tensor.base_input is not None else []
     if tensor.role == "base":
         return (base or models)[:1]
-    return models + base if tensor.role == "elementwise" and plan.method.needs_base else models
+    if with_base is None:
+        acts = tensor.role == "elementwise" or tensor.is_whole
+        with_base = bool(plan.wrappings) or (acts and plan.method.needs_base)
+    return models + base if with_base else models
 
 
 def read_block(plan: Plan, sources: Sequence[tuple[Checkpoint, str]], span: tuple[int, int]) -> torch.Tensor:
@@ -255,7 +335,7 @@ def read_block(plan: Plan, sources: Sequence[tuple[Checkpoint, str]], span: tupl
 
 def _buffer(plan: Plan, rows: int, elements: int) -> torch.Tensor:
     """Return this thread's buffer, shape (rows, elements), in the arithmetic's type."""
-    dtype = _arithmetic(plan)
+    dtype = arithmetic(plan)
     buffer: torch.Tensor | None = getattr(_of_thread, "buffer", None)
     if buffer is None or buffer.dtype != dtype or buffer.numel() < rows * elements:
         buffer = _of_thread.buffer = torch.empty(rows * elements, dtype=dtype)
@@ -278,7 +358,7 @@ def read_input(plan: Plan, model: Checkpoint, name: str, span: tuple[int, int], 
 
     :raises UserError: naming tensor and model, when it holds NaN or Inf.
     """
-    values = model.read(name, *span).to(device=device, dtype=_arithmetic(plan))
+    values = model.read(name, *span).to(device=device, dtype=arithmetic(plan))
     refuse_broken(values, model, name)
     return values
 
@@ -316,7 +396,7 @@ def cast(plan: Plan, tensor: PlannedTensor, values: torch.Tensor) -> torch.Tenso
     return result
 
 
-def _arithmetic(plan: Plan) -> torch.dtype:
+def arithmetic(plan: Plan) -> torch.dtype:
     return torch.float64 if plan.arithmetic == "float64" else torch.float32
 
 

@@ -36,7 +36,7 @@ class Piece:
     @property
     def spans(self) -> list[Span]:
         """What it writes."""
-        if self.group.tensors[0].role == "low_rank":
+        if self.group.is_whole:
             return [(tensor.name, 0, tensor.elements) for tensor in self.group.tensors]
         return [(self.group.tensors[0].name, self.start, self.stop)]
 
@@ -45,7 +45,7 @@ class Piece:
         """Estimate the floating-point operations that take as long."""
         first = self.group.tensors[0]
         inputs = len(first.inputs)
-        if first.role == "low_rank":
+        if self.group.is_whole or first.wrapped:
             small, large = sorted(self.group.shape)
             # the Gram matrix of each model, and its eigenvectors: as measured on the matrices of ViT-B
             return inputs * small * small * (large + 2 * small)
@@ -53,10 +53,12 @@ class Piece:
 
 
 def pieces(plan: Plan) -> Iterator[Piece]:
-    """Cut a plan into pieces: element-wise work into slices of one tensor, low-rank work into whole matrices."""
+    """Cut a plan into pieces: element-wise work into slices of one tensor, work on matrices into whole ones."""
     for group in plan.groups():
-        elements = sum(tensor.elements for tensor in group.tensors)
-        step = elements if group.tensors[0].role == "low_rank" else CHUNK
+        first, elements = group.tensors[0], sum(tensor.elements for tensor in group.tensors)
+        step = elements if group.is_whole or first.wrapped else CHUNK
+        if plan.method.rows and not group.is_whole and elements:
+            step = max(step // first.row, 1) * first.row
         for start in range(0, elements, max(step, 1)):
             yield Piece(group, start, min(start + step, elements))
 

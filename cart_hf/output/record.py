@@ -15,8 +15,10 @@ from typing import Any
 from cart_hf import __version__
 from cart_hf.output.origin import Origin, local_origin, origins
 from cart_hf.plan import Plan, Shard
+from cart_hf.plan.model import ROLES
 from cart_hf.processes import Processes
 from cart_hf.recipe import Recipe
+from cart_hf.recipe.calibration import Calibration
 from cart_hf.sources import Checkpoint
 from cart_hf.sources.download import sha256_in_cache
 
@@ -55,11 +57,16 @@ def record(
         "equation": plan.method.equation,
         "citation": plan.method.citation,
         "parameters": plan.recipe.parameters,
+        "calibration": _calibration(plan),
+        "wrap": [
+            {key: getattr(one.wrapper, key) for key in ("name", "title", "summary", "equation", "citation")}
+            | {"parameters": one.parameters}
+            for one in plan.wrappings
+        ],
         "output_class": plan.output_class,
         "loader": plan.loader,
         **sources_of(plan),
-        "counts": {role: plan.count(role) for role in ("low_rank", "elementwise", "average", "base")}
-        | {"heads": sum(map(len, plan.heads.values()))},
+        "counts": {role: plan.count(role) for role in ROLES} | {"heads": sum(map(len, plan.heads.values()))},
         "tensors": {
             tensor.name: {"key": tensor.key, "role": tensor.role, "reason": tensor.reason}
             | ({"rank": tensor.rank} if tensor.rank else {})
@@ -75,6 +82,13 @@ def record(
         "versions": versions(),
         **({"adaptation": plan.coefficients.record} if plan.coefficients is not None else {}),
     }
+
+
+def _calibration(plan: Plan) -> dict[str, Any] | None:
+    """Return on which examples statistics of the models were made, if any were."""
+    if plan.method.calibration is None:
+        return None
+    return (plan.recipe.calibration or Calibration()).model_dump(mode="json")
 
 
 def sources_of(plan: Plan) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cart_hf import __version__
 from cart_hf.errors import UserError
 from cart_hf.output.record import identify, resolved_recipe, versions
 from cart_hf.plan import Plan, Shard
+from cart_hf.recipe.reading import parse_yaml
 
 _NOT_OF_THE_BYTES = ("evaluation", "benchmark", "compress", "adapt")  # keys of a recipe
 _ADVICE = "or leave out --resume to start afresh"
@@ -41,7 +40,7 @@ class State:
 
         :param execution: the kind of device that computes, and whatever else is no part of the recipe.
         """
-        recipe = yaml.safe_load(resolved_recipe(plan).to_yaml())
+        recipe = parse_yaml(resolved_recipe(plan).to_yaml())
         settings = dict(_flat({key: value for key, value in recipe.items() if key not in _NOT_OF_THE_BYTES}))
         packages = versions()
         settings |= {"cart-hf": __version__, "torch": packages.get("torch"), "scipy": packages.get("scipy")}

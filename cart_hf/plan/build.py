@@ -12,10 +12,11 @@ import torch
 from cart_hf.errors import UserError
 from cart_hf.methods import Method, get_method
 from cart_hf.methods.registry import BUILT_IN
+from cart_hf.methods.wrappers import get_wrapper
 from cart_hf.plan import checks
 from cart_hf.plan.align import Aligned, align, reference_architecture
 from cart_hf.plan.coefficients import Coefficients
-from cart_hf.plan.model import HeadTensor, Plan, PlannedTensor, Role
+from cart_hf.plan.model import WHOLE, HeadTensor, Plan, PlannedTensor, Role, Wrapping
 from cart_hf.recipe import Recipe
 from cart_hf.recipe.settings import evaluate, matches_pattern
 from cart_hf.sources import DTYPES, Architecture, Checkpoint, dtype_name
@@ -73,7 +74,7 @@ def make_plan(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoi
     tensors = _fuse_qkv([_plan_tensor(context, name) for name in names])
     checks.check_patterns(recipe, method, tensors, problems)
     checks.check_weights(method, tensors, problems)
-    checks.check_low_rank(method, tensors, problems)
+    checks.check_matrices(method, tensors, problems)
     coefficients = Coefficients.load(Path(recipe.coefficients)) if recipe.coefficients is not None else None
     if coefficients is not None:
         problems += coefficients.problems(method.name, [m.name for m in models], [t.group or t.name for t in tensors])
@@ -96,18 +97,21 @@ def make_plan(recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoi
         heads=heads,
         warnings=tuple(checks.warnings_for(recipe, method, base, models, heads, tensors)),
         coefficients=coefficients,
+        wrappings=tuple(Wrapping(get_wrapper(name), told) for name, told in recipe.wrap.items()),
     )
 
 
 def _plan_tensor(context: _Context, name: str) -> PlannedTensor:
     owners = [(i, model) for i, model in enumerate(context.models) if name in model.backbone]
-    # Merging in the order of names, whatever the recipe's order, gives the same bytes for every order.
-    owners.sort(key=lambda owner: owner[1].checkpoint.name)
+    if not context.method.ordered:
+        # Merging in the order of names, whatever the recipe's order, gives the same bytes for every order.
+        owners.sort(key=lambda owner: owner[1].checkpoint.name)
     base = context.base if context.base and name in context.base.backbone else None
     first = owners[0][1] if owners else base
     assert first is not None  # every planned name comes from the base or a model
     stored, slot = first.stored(name), first.slots[name]
-    block = context.reference.slots[slot].block
+    place = context.reference.slots[slot]
+    block = place.block
     key = _file_key(context, name, owners, base)
     role, reason = _role(context, (name, key), slot, has_models=bool(owners), has_base=base is not None)
     parameters = _parameters(context, (name, key), block.position if block else 0.0, [i for i, _ in owners])
@@ -115,9 +119,13 @@ def _plan_tensor(context: _Context, name: str) -> PlannedTensor:
         role, reason = "base", "not floating-point: copied"
     elif _is_unchanged(context, name, owners, base, parameters):
         role, reason = "base", checks.UNCHANGED
-    elif role == "low_rank" and (len(stored.shape) != 2 or not stored.elements):
+    elif role in WHOLE and (len(stored.shape) != 2 or not stored.elements):
         role, reason = "average", "not a matrix"
+    elif role in WHOLE and context.method.needs_base and base is None:
+        role, reason = "average", "not in the base"
     donors = [model for _, model in owners] or [first]
+    linear = len(stored.shape) == 2 and _why_no_matrix(context.reference, slot) is None
+    by_matrix = any(get_wrapper(wrapper).matrix is not None for wrapper in context.recipe.wrap)
     tensor = PlannedTensor(
         name=name,
         key=key,
@@ -129,6 +137,10 @@ def _plan_tensor(context: _Context, name: str) -> PlannedTensor:
         base_input=base.backbone[name] if base else None,
         parameters=parameters,
         tasks=tuple(model.checkpoint.name for model in context.headed if name in model.backbone),
+        linear=linear,
+        transposed=place.transposed,
+        block=block.index if block else None,
+        wrapped=by_matrix and linear and role != "base" and base is not None,
     )
     return _with_rank(tensor) if role == "low_rank" else tensor
 
@@ -155,9 +167,13 @@ def _role(
     excluded = next((p for p in recipe.exclude if matches_pattern(p, names)), None)
     if excluded is not None:
         return "average", f"excluded by '{excluded}'"
-    if method.low_rank:
+    if method.matrices:
+        whole: Role = "low_rank" if method.low_rank else "matrix"
         included = next((p for p in recipe.include if matches_pattern(p, names)), None)
-        return ("low_rank", f"included by '{included}'") if included else _low_rank_role(context.reference, slot_name)
+        if included:
+            return whole, f"included by '{included}'"
+        other = _why_no_matrix(context.reference, slot_name)
+        return ("average", other) if other else (whole, f"Linear in {_block_path(context.reference, slot_name)}")
     if method.name == "average":
         return "average", "average"
     return ("elementwise", method.name) if has_base or not method.needs_base else ("average", "not in the base")
@@ -188,16 +204,20 @@ def _is_unchanged(
     return all(part.change is None for part in parts) and len({(part.file, part.key) for part in parts}) == 1
 
 
-def _low_rank_role(reference: Architecture, slot_name: str) -> tuple[Role, str]:
+def _why_no_matrix(reference: Architecture, slot_name: str) -> str | None:
+    """Say why a tensor is not one of the blocks' Linear weights; None when it is."""
     slot = reference.slots[slot_name]
     if len(slot.shape) < 2:
-        return "average", "not a matrix"
+        return "not a matrix"
     if slot.block is None:
-        return "average", "outside the encoder blocks"
+        return "outside the encoder blocks"
     # a slot of three dimensions is a mixture's fused experts: the files hold one Linear weight for each
-    if slot.linear or len(slot.shape) == 3:
-        return "low_rank", f"Linear in {slot.block.path}"
-    return "average", "not a Linear weight"
+    return None if slot.linear or len(slot.shape) == 3 else "not a Linear weight"
+
+
+def _block_path(reference: Architecture, slot_name: str) -> str:
+    block = reference.slots[slot_name].block
+    return block.path if block else ""
 
 
 def _parameters(context: _Context, names: tuple[str, str], position: float, models: Sequence[int]) -> dict[str, Any]:
@@ -222,7 +242,8 @@ def _with_rank(tensor: PlannedTensor) -> PlannedTensor:
     smaller = min(tensor.shape)
     if given.get("rank") is not None:
         return replace(tensor, rank=min(given["rank"], smaller))
-    return replace(tensor, rank=max(1, int(given.get("rank_ratio", 1.0) * smaller)))
+    ratio = given.get("rank_ratio") or 1 / len(tensor.inputs)  # every task the same share of all directions
+    return replace(tensor, rank=max(1, int(ratio * smaller)))
 
 
 def _with_learnt_rank(tensor: PlannedTensor, coefficients: Coefficients) -> PlannedTensor:
@@ -235,7 +256,7 @@ def _fuse_qkv(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
     """Group the query, key and value weights of each attention layer where ``fuse_qkv`` asks for it."""
     layers: dict[str, list[PlannedTensor]] = {}
     for tensor in tensors:
-        if tensor.role == "low_rank" and tensor.parameters.get("fuse_qkv"):
+        if tensor.is_whole and tensor.parameters.get("fuse_qkv"):
             layers.setdefault(_module(tensor)[0], []).append(tensor)
     fused: dict[str, PlannedTensor] = {}
     for parent, members in layers.items():

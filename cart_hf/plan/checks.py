@@ -91,9 +91,9 @@ def _mismatch(name: str, one: Aligned, other: Aligned) -> str | None:
 def check_patterns(recipe: Recipe, method: Method, tensors: Sequence[PlannedTensor], problems: list[str]) -> None:
     """Report patterns and filters that match no tensor: they are typing mistakes."""
     names = [(tensor.name, tensor.key) for tensor in tensors]
-    example = next((t.name for t in tensors if t.role == "low_rank"), tensors[-1].name)
-    if recipe.include and not method.low_rank:
-        problems.append(f"include: {method.name} decomposes no matrices, it already acts on every tensor; leave it out")
+    example = next((t.name for t in tensors if t.is_whole), tensors[-1].name)
+    if recipe.include and not method.matrices:
+        problems.append(f"include: {method.name} is not about matrices, it already acts on every tensor; leave it out")
     for place, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
         for pattern in patterns:
             if not any(matches_pattern(pattern, pair) for pair in names):
@@ -107,11 +107,12 @@ def check_patterns(recipe: Recipe, method: Method, tensors: Sequence[PlannedTens
                     problems.append(f"{place}.{key}: filter '{wanted}' matches no tensor; names look like {example}")
 
 
-def check_low_rank(method: Method, tensors: Sequence[PlannedTensor], problems: list[str]) -> None:
-    """Refuse a low-rank method that would act on nothing: it would silently be an average."""
-    if not method.low_rank or any(tensor.role == "low_rank" for tensor in tensors):
+def check_matrices(method: Method, tensors: Sequence[PlannedTensor], problems: list[str]) -> None:
+    """Refuse a method on matrices that would act on nothing: it would silently be an average."""
+    if not method.matrices or any(tensor.is_whole for tensor in tensors):
         return
     unchanged = sum(tensor.reason == UNCHANGED for tensor in tensors)
+    kind = "low-rank" if method.low_rank else method.name
     if unchanged:
         problems.append(
             f"{method.name} has nothing to decompose: the adapters change {len(tensors) - unchanged} tensors, and none "
@@ -119,7 +120,7 @@ def check_low_rank(method: Method, tensors: Sequence[PlannedTensor], problems: l
         )
     else:
         problems.append(
-            f"{method.name} found no Linear weight in encoder blocks (low-rank: 0 of {len(tensors)} tensors), "
+            f"{method.name} found no Linear weight in encoder blocks ({kind}: 0 of {len(tensors)} tensors), "
             "so it would only average; name the matrices with --include, or use --method average"
         )
 
@@ -128,7 +129,7 @@ def check_weights(method: Method, tensors: Sequence[PlannedTensor], problems: li
     """Refuse weights that sum to zero where the method divides by their sum."""
     for tensor in tensors:
         weights = tensor.parameters.get("weight")
-        divides = tensor.role in ("average", "low_rank") or tensor.parameters.get("normalize")
+        divides = tensor.is_whole or tensor.role == "average" or tensor.parameters.get("normalize")
         if tensor.role == "average" and method.name == "average":
             divides = tensor.parameters.get("normalize")
         if weights and divides and abs(sum(weights)) <= 1e-9 * max(map(abs, weights)):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cart_hf.methods import Method
+from cart_hf.methods.wrappers import Wrapper
 from cart_hf.plan.coefficients import Coefficients, Learnt, as_float32
 from cart_hf.recipe import Recipe
 from cart_hf.sources import Checkpoint, element_size
 
-Role = Literal["low_rank", "elementwise", "average", "base"]
+Role = Literal["low_rank", "matrix", "elementwise", "average", "base"]
+ROLES: tuple[Role, ...] = get_args(Role)
+WHOLE = ("low_rank", "matrix")  # roles of what is merged a whole matrix at a time
 CHUNK = 2**20  # elements of one tensor that are one piece of element-wise work
 
 
@@ -24,8 +27,8 @@ class PlannedTensor:
     :param key: its key in the output file.
     :param dtype: its type in the output, as safetensors calls it.
     :param shape: its shape.
-    :param role: ``low_rank`` (the method, on the whole matrix), ``elementwise`` (the method, entry by entry),
-        ``average``, or ``base`` (copied).
+    :param role: ``low_rank`` (the method, on the whole matrix, of which it keeps some directions), ``matrix`` (the
+        method, on the whole matrix), ``elementwise`` (the method, entry by entry), ``average``, or ``base`` (copied).
     :param reason: why it has this role, for people.
     :param inputs: for each model that has it, the model's place in the plan and the tensor's name there.
     :param base_input: its name in the base, if the base has it.
@@ -33,6 +36,10 @@ class PlannedTensor:
     :param rank: directions kept (``low_rank`` only; None when ``energy`` decides).
     :param energy: share of the squared singular values kept, when that decides the rank.
     :param group: tensors of one group are stacked row-wise and merged as one matrix (fused q, k, v).
+    :param linear: whether it is the weight of a Linear in an encoder block.
+    :param transposed: whether that is stored as (in, out), as GPT-2's Conv1D has it.
+    :param block: which encoder block it lies in, counted from 0; None outside of them.
+    :param wrapped: whether a wrapper recomputes its update as a whole matrix.
     :param tasks: the models with a head whose class has it: their ``tasks/NAME`` share the file it lies in.
     """
 
@@ -49,6 +56,10 @@ class PlannedTensor:
     energy: float | None = None
     group: str = ""
     tasks: tuple[str, ...] = ()
+    linear: bool = False
+    transposed: bool = False
+    block: int | None = None
+    wrapped: bool = False
 
     @property
     def elements(self) -> int:
@@ -59,6 +70,21 @@ class PlannedTensor:
     def nbytes(self) -> int:
         """Number of bytes in the output."""
         return self.elements * element_size(self.dtype)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the method works on it as a whole matrix."""
+        return self.role in WHOLE
+
+    @property
+    def has_update(self) -> bool:
+        """Whether there is a base that the merged tensor differs from, by more than a copy does."""
+        return self.role != "base" and self.base_input is not None
+
+    @property
+    def row(self) -> int:
+        """Number of elements of a row."""
+        return self.elements // max(self.shape[0], 1) if len(self.shape) > 1 else self.elements
 
 
 @dataclass(frozen=True)
@@ -90,6 +116,19 @@ class Group:
         first = self.tensors[0].shape
         return first if len(self.tensors) == 1 else (sum(t.shape[0] for t in self.tensors), *first[1:])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the method works on it as a whole matrix."""
+        return self.tensors[0].is_whole
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """A wrapper, and what it is told."""
+
+    wrapper: Wrapper
+    parameters: Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -105,6 +144,7 @@ class Plan:
     :param heads: the head tensors of each model that has any, by task name.
     :param warnings: what the user should know.
     :param coefficients: those that were learnt, if the recipe names any.
+    :param wrappings: what is done to the method's result.
     """
 
     recipe: Recipe
@@ -117,6 +157,7 @@ class Plan:
     heads: Mapping[str, tuple[HeadTensor, ...]]
     warnings: tuple[str, ...]
     coefficients: Coefficients | None = None
+    wrappings: tuple[Wrapping, ...] = ()
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -140,6 +181,11 @@ class Plan:
         """Return how many tensors have ``role``."""
         return sum(t.role == role for t in self.tensors)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tensors have each role that any has."""
+        return {role: count for role in ROLES if (count := self.count(role))}
+
     def groups(self) -> Iterator[Group]:
         """Yield the groups of tensors that are merged together."""
         groups: dict[str, list[PlannedTensor]] = {}
@@ -150,8 +196,8 @@ class Plan:
     def own_coefficients(self, group: Group) -> list[float] | None:
         """Return what the method multiplies each model's term with; None where it has no such terms."""
         first, linear = group.tensors[0], self.method.linear
-        averaged = first.role == "average" and self.method.low_rank  # its terms cancel, unless others are learnt
-        if linear is None or not (averaged or first.role in ("low_rank", "elementwise")):
+        averaged = first.role == "average" and self.method.matrices  # its terms cancel, unless others are learnt
+        if linear is None or not (averaged or group.is_whole or first.role == "elementwise"):
             return None
         return linear.coefficients(**first.parameters)
 
@@ -183,13 +229,15 @@ class Plan:
         def of(group: Group) -> int:
             first = group.tensors[0]
             elements = math.prod(group.shape)
-            if first.role != "low_rank":
+            if not (group.is_whole or first.wrapped):
                 return models * min(elements, CHUNK) * size
             small, large = sorted(group.shape)
             kept = min(first.rank or small, small)
             # the stack, the Gram matrix and its factors in float64, and all the bases and coordinates
+            grams = (3 * first.shape[1] ** 2 + 2 * elements) * 8 if self.method.calibration == "gram" else 0
             return (
-                models * elements * size
+                grams
+                + models * elements * size
                 + (4 * small * small + large * small) * 8
                 + models * kept * (small + large) * size
             )

@@ -199,6 +199,8 @@ def read_contents(folder: Path) -> Contents:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     records = {name: _record(folder / name) for name in _WRITTEN if (folder / name).is_file()}
+    if records.get(COMPRESS_FILE, {}).get("form") == "emr":
+        raise UserError(f"{folder} holds masks, which no library loads: `cart-hf restore` makes a task's model of them")
     missing = [name for name in _needed(records) if not (folder / name).is_file()]
     if missing and (folder / ADAPTERS_FOLDER).is_dir() and records.get(COMPRESS_FILE, {}).get("centre") == "base":
         raise UserError(f"{folder} holds adapters of the base: push each of {folder / ADAPTERS_FOLDER}/NAME by itself")

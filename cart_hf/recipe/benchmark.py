@@ -8,11 +8,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cart_hf.recipe.adaptation import Adaptation
-from cart_hf.recipe.compression import RANKS, AdapterType, Compression, Restore, Solver
+from cart_hf.recipe.compression import RANKS, AdapterType, Compression, Form, Restore, Solver
 from cart_hf.recipe.sizes import parse_size
+from cart_hf.recipe.wrapping import Wrap, read_wrap
 
 INDEXING = "CART-Indexing"
 """What people call one centre with an adapter for each task."""
+
+FORMS = {"tsv_c": "TSV-C", "emr": "EMR-Merging"}
+"""What people call the other forms that models are compressed to."""
 
 ADAPTED = " + adaptation"
 """What the name of a row ends with whose coefficients are learnt."""
@@ -29,6 +33,7 @@ class Trial(BaseModel):
     :param parameters: settings that stay.
     :param grid: for each further parameter the values to try, every combination of them; the best on the selection
         split is scored.
+    :param wrap: what is done to the method's result.
     :param adapt: how the coefficients of the scored merge are learnt on unlabelled inputs, if they are.
     """
 
@@ -39,6 +44,12 @@ class Trial(BaseModel):
     parameters: dict[str, Any] = Field(default_factory=dict)
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     adapt: Adaptation | None = None
+    wrap: Wrap = Field(default_factory=dict)
+
+    @field_validator("wrap", mode="before")
+    @classmethod
+    def _read_wrap(cls, value: Any) -> Any:
+        return read_wrap(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -47,7 +58,8 @@ class Trial(BaseModel):
             data = {"method": data}
         if not isinstance(data, dict):
             return data
-        usual = f"{data.get('method')}{ADAPTED if data.get('adapt') is not None else ''}"
+        wrapped = "".join(f" + {name}" for name in data.get("wrap") or ())
+        usual = f"{data.get('method')}{wrapped}{ADAPTED if data.get('adapt') is not None else ''}"
         return {**data, "name": data.get("name") or usual}
 
     @model_validator(mode="after")
@@ -82,6 +94,7 @@ def _is_number(value: Any) -> bool:
 class Sweep(BaseModel):
     """CART-Indexing at several sizes, a row of the table for each: see :class:`cart_hf.recipe.Compression`.
 
+    :param forms: also, or instead: ``tsv_c`` and ``emr`` are one row each; default: ``cart`` alone.
     :param rank_ratio, rank, energy, budget: one of them, with the values to compare; default: rank ratios from 1 % to
         100 %.
     :param restore, dtype, solver: what the rows have in common.
@@ -89,11 +102,12 @@ class Sweep(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    forms: tuple[Form, ...] = ("cart",)
     rank_ratio: tuple[float, ...] | None = None
     rank: tuple[int, ...] | None = None
     energy: tuple[float, ...] | None = None
     budget: tuple[str, ...] | None = None
-    restore: Restore = "small"
+    restore: Restore | None = None
     dtype: AdapterType = "float32"
     solver: Solver | None = None
 
@@ -106,7 +120,7 @@ class Sweep(BaseModel):
             raise ValueError(f"expected true, or a mapping such as {{rank_ratio: [0.04, 0.08]}}, not {data!r}")
         return data
 
-    @field_validator(*_DECIDES, mode="before")
+    @field_validator("forms", *_DECIDES, mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return value if value is None or isinstance(value, list | tuple) else (value,)
@@ -123,17 +137,26 @@ class Sweep(BaseModel):
         given = [name for name in _DECIDES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; give one")
+        if given and "cart" not in self.forms:
+            raise ValueError(f"{given[0]}: sizes are compared of CART-Indexing; add cart to forms, or leave it out")
         names = [name for name, _ in self.rows]
         if not names:
-            raise ValueError(f"{given[0]}: no values to compare")
+            raise ValueError(f"{given[0] if given else 'forms'}: no values to compare")
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(f"{given[0]}: two values for '{twice}'; keep one")
+            raise ValueError(f"{given[0] if given else 'forms'}: two values for '{twice}'; keep one")
         return self
 
     @property
     def rows(self) -> list[tuple[str, Compression]]:
-        """Each row's name, and how its adapters are made."""
+        """Each row's name, and how its models are compressed."""
+        return [row for form in self.forms for row in (self._sizes() if form == "cart" else [self._one(form)])]
+
+    def _one(self, form: Form) -> tuple[str, Compression]:
+        alike = {"restore": self.restore, "dtype": self.dtype, "solver": self.solver} if form == "tsv_c" else {}
+        return FORMS[form], Compression.model_validate({"form": form, **alike})
+
+    def _sizes(self) -> list[tuple[str, Compression]]:
         given = {name: getattr(self, name) for name in _DECIDES if getattr(self, name) is not None}
         decides, values = next(iter(given.items()), ("rank_ratio", _RANK_RATIOS))
         alike = {"restore": self.restore, "dtype": self.dtype, "solver": self.solver}
@@ -168,7 +191,7 @@ class Benchmark(BaseModel):
 
     :param methods: the rows, besides the pretrained model and the individual ones.
     :param selection: where settings are chosen.
-    :param compress: sizes of CART-Indexing, which are rows too.
+    :param compress: sizes of CART-Indexing, and other forms of compressed models, which are rows too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -14,6 +14,7 @@ from cart_hf.methods import Method, all_methods, get_method
 from cart_hf.recipe import validation
 from cart_hf.recipe.adaptation import Adaptation
 from cart_hf.recipe.benchmark import Benchmark, Selection, Sweep, Trial
+from cart_hf.recipe.calibration import Calibration
 from cart_hf.recipe.compression import Compression
 from cart_hf.recipe.evaluation import Evaluation
 from cart_hf.recipe.reading import read_mapping
@@ -21,6 +22,7 @@ from cart_hf.recipe.reference import Reference, split_name, task_name
 from cart_hf.recipe.settings import pattern_problem
 from cart_hf.recipe.sizes import parse_size
 from cart_hf.recipe.tuning import Tuning
+from cart_hf.recipe.wrapping import Wrap, read_wrap, searches, with_point
 
 FloatType = Literal["float32", "float64", "bfloat16", "float16"]
 
@@ -66,6 +68,7 @@ class Recipe(BaseModel):
     :param dtype: type of the arithmetic; a half type means float32 arithmetic and a half-precision output.
     :param out_dtype: type of the output's floating tensors; default: the inputs' own.
     :param tokenizer_source: ``base`` or one of the models, by name or reference.
+    :param wrap: what is done to the method's result, see :mod:`cart_hf.methods.wrappers`.
     :param include, exclude: patterns adjusting which tensors the method is applied to.
     :param seed: seed of the methods that draw random numbers.
     :param max_shard_size: largest weight file, such as ``5GB``.
@@ -74,6 +77,7 @@ class Recipe(BaseModel):
     :param compress: how `cart-hf compress` makes adapters.
     :param adapt: how `cart-hf adapt` learns coefficients.
     :param tune: which settings `cart-hf tune` tries.
+    :param calibration: which examples the statistics of the models at work are taken from.
     :param coefficients: file of coefficients that `cart-hf adapt` has learnt; beside the recipe, when it is relative.
     """
 
@@ -86,6 +90,7 @@ class Recipe(BaseModel):
     dtype: FloatType = "float32"
     out_dtype: FloatType | None = None
     tokenizer_source: str = "base"
+    wrap: Wrap = Field(default_factory=dict)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     seed: int = 0
@@ -96,6 +101,7 @@ class Recipe(BaseModel):
     adapt: Adaptation | None = None
     tune: Tuning | None = None
     coefficients: str | None = None
+    calibration: Calibration | None = None
 
     @field_validator("base_model", mode="before")
     @classmethod
@@ -106,6 +112,11 @@ class Recipe(BaseModel):
     @classmethod
     def _none_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @field_validator("wrap", mode="before")
+    @classmethod
+    def _read_wrap(cls, value: Any) -> Any:
+        return read_wrap(value)
 
     @field_validator("dtype", "out_dtype", mode="before")
     @classmethod
@@ -186,20 +197,30 @@ class Recipe(BaseModel):
                 problems.append(f"base_model: {method.name} works on task vectors and needs the base model")
             # mergekit's files list the base among the models; its own task vector is zero
             models = tuple(entry for entry in models if entry.model != self.base_model)
+        elif method.ordered:  # mergekit's slerp starts at base_model, wherever it is listed
+            base = self.base_model
+            if base is not None and len(models) == 1 and models[0].model != base:
+                models = (ModelEntry(model=base, name=base.default_name), *models)
+            models = tuple(sorted(models, key=lambda entry: entry.model != base))
+        if self.wrap and self.base_model is None:
+            problems.append(f"base_model: wrap ({', '.join(self.wrap)}) acts on the update of the base, and needs it")
         if len(models) < fewest:
             found = f"only one model ({models[0].model})" if models else "no model to merge"
             problems.append(f"models: {found}; a merge needs at least two")
+        elif method.model_count is not None and len(models) != method.model_count:
+            problems.append(f"models: {method.name} merges {method.model_count} models, and not {len(models)}")
         names = [entry.name.lower() for entry in models]  # folders: not every file system tells a from A
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
             places = " and ".join(str(entry.model) for entry in models if entry.name.lower() == name)
             problems.append(
                 f"models: {places} are both called '{name}'; give each its own name (flags: NAME=REF, recipe: name:)"
             )
+        parameters = {**method.presets.get(self.merge_method, {}), **validation.canonical(method, self.parameters)}
         weighted = any("weight" in scope for scope in (self.parameters, *(entry.parameters for entry in models)))
         return self.model_copy(
             update={
                 "merge_method": method.name,
-                "parameters": validation.settled_parameters(method, self.parameters, weighted=weighted),
+                "parameters": validation.settled_parameters(method, parameters, weighted=weighted),
                 "models": tuple(
                     entry.model_copy(update={"parameters": validation.canonical(method, entry.parameters)})
                     for entry in models
@@ -207,10 +228,18 @@ class Recipe(BaseModel):
             }
         )
 
-    def variant(self, method: str, parameters: Mapping[str, Any], adapt: Adaptation | None = None) -> Recipe:
+    def variant(
+        self,
+        method: str,
+        parameters: Mapping[str, Any],
+        adapt: Adaptation | None = None,
+        wrap: Wrap | None = None,
+    ) -> Recipe:
         """Return the recipe with another method; of the models' own parameters only what it knows stays.
 
+        :param parameters: its parameters, and those of the wrappers (``lines.beta``).
         :param adapt: how its coefficients are learnt, if they are.
+        :param wrap: what is done to its result.
         :raises UserError: when the method or a parameter does not exist.
         """
         known = get_method(method)
@@ -224,10 +253,16 @@ class Recipe(BaseModel):
             for entry in self.models
         ]
         shared = {name: getattr(self, name) for name in Recipe.model_fields if name not in _OF_THE_METHOD}
-        return Recipe.from_mapping(
-            {**shared, "merge_method": method, "models": models, "parameters": dict(parameters), "adapt": adapt},
-            fewest=min(2, len(models)),
-        )
+        wrapped, own = with_point(wrap or {}, parameters)
+        changed = {"merge_method": method, "models": models, "parameters": own, "adapt": adapt, "wrap": wrapped}
+        return Recipe.from_mapping({**shared, **changed}, fewest=min(2, len(models)))
+
+    def of_trial(self, trial: Trial, point: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of one point of a trial, nothing learnt.
+
+        :raises UserError: when the method or a parameter does not exist.
+        """
+        return self.variant(trial.method, point, wrap=trial.wrap)
 
     def tuned(self) -> Trial:
         """Return what `cart-hf tune` tries: the recipe's method and parameters, those of the grid left open.
@@ -238,12 +273,12 @@ class Recipe(BaseModel):
         for name, values in self.tune.grid.items() if self.tune is not None else ():
             known = method.parameter(name)
             grid[known.name if known is not None else name] = values  # an unknown one is told of with its points
-        grid = grid or {one.name: one.search for one in method.parameters if one.search}
+        grid = grid or {one.name: one.search for one in method.parameters if one.search} | searches(self.wrap)
         if not grid:
             raise UserError(f"tune.grid: {method.name} suggests no values to try; name a parameter and its values")
         replaced = {*grid, *(method.one_of if any(name in method.one_of for name in grid) else ())}
         fixed = {name: value for name, value in self.parameters.items() if name not in replaced}
-        return Trial(method=method.name, name=method.name, parameters=fixed, grid=grid)
+        return Trial(method=method.name, name=method.name, parameters=fixed, grid=grid, wrap=self.wrap)
 
     def _check_benchmark(self, problems: list[str]) -> None:
         for trial in self.benchmark.methods if self.benchmark is not None else ():
@@ -258,7 +293,7 @@ class Recipe(BaseModel):
         found: dict[str, None] = {}
         for point in trial.points:
             try:
-                self.variant(trial.method, point, trial.adapt)
+                self.variant(trial.method, point, trial.adapt, trial.wrap)
             except UserError as failure:
                 found |= dict.fromkeys(failure.problems)
         return list(found)
@@ -279,6 +314,8 @@ class Recipe(BaseModel):
         if asked and method.linear is None:
             linear = [name for name, known in all_methods().items() if known.linear is not None]
             problems.append(f"{asked[0]}: {method.name} has no coefficients to learn; {', '.join(linear)} have")
+        elif asked and self.wrap:
+            problems.append(f"{asked[0]}: coefficients are learnt of a method's own result; leave out wrap")
         elif self.adapt is not None and self.adapt.mask_ratio is not None and method.of_factors is None:
             problems.append(f"adapt.mask_ratio: {method.name} has no singular directions; it is for cart")
 
@@ -298,6 +335,7 @@ class Recipe(BaseModel):
             "dtype",
             "out_dtype",
             "tokenizer_source",
+            "wrap",
             "include",
             "exclude",
             "seed",
@@ -307,7 +345,7 @@ class Recipe(BaseModel):
             value = getattr(self, key)
             if key == "dtype" or (value not in (None, (), {}) and value != defaults[key].default):
                 data[key] = list(value) if isinstance(value, tuple) else value
-        for key in ("evaluation", "benchmark", "compress", "adapt", "tune"):
+        for key in ("evaluation", "calibration", "benchmark", "compress", "adapt", "tune"):
             part = getattr(self, key)
             if part is not None:
                 data[key] = part.model_dump(mode="json", exclude_defaults=True)
@@ -323,6 +361,7 @@ def _keys_at(place: tuple[int | str, ...]) -> Iterable[str]:
         ("benchmark",): Benchmark,
         ("compress",): Compression,
         ("adapt",): Adaptation,
+        ("calibration",): Calibration,
         ("tune",): Tuning,
         ("benchmark", "methods"): Trial,
         ("benchmark", "methods", "adapt"): Adaptation,
@@ -332,4 +371,14 @@ def _keys_at(place: tuple[int | str, ...]) -> Iterable[str]:
     return (ModelEntry if parts == ("models",) else inner.get(parts, Selection)).model_fields
 
 
-_OF_THE_METHOD = ("merge_method", "models", "parameters", "benchmark", "compress", "adapt", "tune", "coefficients")
+_OF_THE_METHOD = (
+    "merge_method",
+    "models",
+    "parameters",
+    "wrap",
+    "benchmark",
+    "compress",
+    "adapt",
+    "tune",
+    "coefficients",
+)

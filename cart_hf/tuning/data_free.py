@@ -145,7 +145,7 @@ def settings_without_data(
     plan = plan_merge(recipe.variant("cart", {**fixed, "rank_ratio": FACTOR * RATIOS[-1]}))
     fetch_weights(plan.checkpoints, progress)
     store = factor_store(plan.recipe, factors.get("factors"), factors.get("factors_rank_ratio"))
-    groups = [group for group in plan.groups() if group.tensors[0].role == "low_rank"]
+    groups = [group for group in plan.groups() if group.is_whole]
 
     def measure(group: Group) -> tuple[str, Lengths]:
         first = group.tensors[0]

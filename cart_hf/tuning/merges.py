@@ -1,6 +1,6 @@
 """Merged models of many settings, one after the other, without merging for each.
 
-Where a method's result is linear in its coefficients, models that differ in their scale alone lie on a line,
+Where a method's result is a line in its scale, models that differ in their scale alone lie on a line,
 
     W(s) = W(0) + s (W(1) - W(0)),
 
@@ -48,7 +48,7 @@ class Merges:
         On a line its weights are stored as float32, rounded to the type that the merge itself would store.
         """
         model, scale = self._folder / "model", recipe.parameters.get("scale")
-        if get_method(recipe.merge_method).linear is None or not isinstance(scale, int | float):
+        if not get_method(recipe.merge_method).line or recipe.wrap or not isinstance(scale, int | float):
             self._centre = self._line = None
             self._merge(recipe, model, progress)
             return model
@@ -104,7 +104,7 @@ def _arithmetic(recipe: Recipe) -> str:
 
 
 def _centre_of(recipe: Recipe) -> str:
-    """Return what the centre depends on: see :class:`cart_hf.methods.linear.Linear`."""
+    """Return what the model at scale 0 depends on: the average or the base, where a method has a line."""
     own = [entry.parameters.get("weight") for entry in recipe.models]
     return json.dumps([recipe.merge_method, recipe.parameters.get("weight"), own])
 

@@ -227,10 +227,11 @@ class _Search:
 
     def _best(self, point: Point) -> Recipe:
         """Return the recipe with the best settings, all its other keys as they are."""
-        return self.recipe.model_copy(update={"parameters": self._variant(point).parameters})
+        chosen = self._variant(point)
+        return self.recipe.model_copy(update={"parameters": chosen.parameters, "wrap": chosen.wrap})
 
     def _variant(self, point: Point) -> Recipe:
-        return self.recipe.variant(self.trial.method, point)
+        return self.recipe.of_trial(self.trial, point)
 
     def _measured(self, point: Point, ledger: Ledger) -> Results:
         """Merge and measure a point, unless it has been done.

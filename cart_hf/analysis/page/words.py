@@ -13,6 +13,7 @@ from cart_hf.figures.style import INDIVIDUAL, is_cart
 
 _ROLES = {
     "low_rank": "truncated to their rank",
+    "matrix": "merged as whole matrices",
     "elementwise": "merged number by number",
     "average": "averaged",
     "base": "kept from the base",
