@@ -363,15 +363,15 @@ def test_a_linear_methods_terms_sum_to_its_result(count, name, seed):
     weight = torch.rand(count).add_(0.1).tolist()
     known = {"weight": weight, "density": [0.5] * count, "mask_threshold": [0.4] * count}
     arguments = {
-        p.name: known.get(p.name, p.default)
+        p.name: known.get(p.name, [p.default] * count if p.per_model else p.default)
         for p in method.parameters
-        if not p.planning and p.name in known | {"scale": 0, "normalize": 0, "rescale": 0, "min_tasks": 0}
+        if not p.planning and p.name != "solver"  # which is for what is decomposed
     }
     drawn = [{"generators": [torch.Generator().manual_seed(seed + t) for t in range(count)]} for _ in range(2)]
     inputs = [{"models": models.clone(), "base": base} | (drawn[i] if method.random else {}) for i in range(2)]
     for given_ in inputs:
         if method.survey:
-            given_["thresholds"] = [0.3] * count
+            given_["thresholds"] = [(0.1, 1.5) if method.survey == "outliers" else 0.3] * count
         if method.name == "cart":
             del given_["base"]
     found = combine(*method.linear.terms(**inputs[0], **arguments), method.linear.coefficients(**arguments))

@@ -96,7 +96,7 @@ def test_a_merge_of_adapters_decomposes_no_whole_matrix(adapters, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(pieces, "find_thin", lambda plan, group, centre="average": None)
         cart_hf.merge(base=base, models=models, output=tmp_path / "dense", **options)
-    monkeypatch.setattr(pieces, "_read_group", None)  # whole matrices cannot be read
+    monkeypatch.setattr(pieces, "read_group", None)  # whole matrices cannot be read
     cart_hf.merge(base=base, models=models, output=tmp_path / "thin", **options)
     cart_hf.merge(base=base, models=models, output=tmp_path / "kept", factors=tmp_path / "factors", **options)
     dense, thin, kept = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "thin", "kept"))
