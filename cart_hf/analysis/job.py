@@ -118,7 +118,7 @@ class Job:
         plan = self.plan
         return About(
             method=plan.method.name,
-            title=plan.method.title,
+            title=" + ".join([plan.method.title, *(one.wrapper.title for one in plan.wrappings)]),
             parameters=plan.recipe.parameters,
             base=None if plan.base is None else str(plan.base.reference),
             base_hub_id=None if plan.base is None else _hub_id(plan.base),

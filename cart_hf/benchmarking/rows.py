@@ -8,8 +8,9 @@ from typing import Any
 
 from cart_hf.evaluation.results import Results
 from cart_hf.methods import all_methods, get_method
+from cart_hf.methods.wrappers import get_wrapper
 from cart_hf.recipe import Recipe, Trial
-from cart_hf.recipe.benchmark import ADAPTED
+from cart_hf.recipe.benchmark import usual_name
 
 PRETRAINED, INDIVIDUAL = "pretrained", "individual"
 COMPRESS = "compress"
@@ -42,7 +43,8 @@ def trials_of(recipe: Recipe) -> list[Trial]:
     """Return the methods that the recipe lists; without a list its own, and every other with its defaults."""
     if recipe.benchmark is not None:
         return list(recipe.benchmark.methods)
-    own = Trial(method=recipe.merge_method, name=recipe.merge_method, parameters=recipe.parameters)
+    name = usual_name(recipe.merge_method, recipe.wrap, adapted=False)
+    own = Trial(method=recipe.merge_method, name=name, parameters=recipe.parameters, wrap=recipe.wrap)
     others = [
         Trial(method=name, name=name)
         for name, method in all_methods().items()
@@ -55,11 +57,12 @@ def trials_of(recipe: Recipe) -> list[Trial]:
 
 
 def display_name(trial: Trial) -> str:
-    """Return what people call a row: its own name, or else its method's."""
-    method = get_method(trial.method)
-    suffix = ADAPTED if trial.adapt is not None else ""
-    usual = trial.name.removesuffix(suffix) in (trial.method, method.name)
-    return f"{method.title}{suffix}" if usual else trial.name
+    """Return what people call a row: its own name, or else its method's, with its wrappers."""
+    method, adapted = get_method(trial.method), trial.adapt is not None
+    suffix = usual_name("", trial.wrap, adapted=adapted)
+    if trial.method in method.presets or trial.name.removesuffix(suffix) not in (trial.method, method.name):
+        return trial.name
+    return usual_name(method.title, [get_wrapper(name).title for name in trial.wrap], adapted=adapted)
 
 
 def settings_text(parameters: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from cart_hf.cli.options import (
     positionals,
     push_made,
     target_of,
+    wrappers,
 )
 from cart_hf.cli.resuming import resumable
 from cart_hf.errors import UserError
@@ -168,7 +169,6 @@ def merge(
     """
     from cart_hf.processes import is_main
     from cart_hf.recipe import Recipe, recipe_from_flags, refuse_flags
-    from cart_hf.recipe.wrapping import read_flag
 
     recipe, output_folder = positionals(recipe, output_folder, models)
     target = target_of(output, output_folder, push_to_hub)
@@ -187,7 +187,7 @@ def merge(
         "weights": weights,
         "tokenizer_source": tokenizer_source,
         "method": method,
-        "wrap": read_flag(wrap) if wrap else None,
+        "wrap": wrappers(wrap) if wrap else None,
         "seed": seed,
         "include": include,
         "exclude": exclude,

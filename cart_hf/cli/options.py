@@ -63,10 +63,11 @@ def push_made(output: Path, repo: str | None, *, private: bool | None, format: s
         show(push_merged(output, repo, private=private), silent=format == "json")
 
 
-def key_values(words: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any]:
+def key_values(words: Sequence[str], parameters: Mapping[str, Any], flag: str = "--set ") -> dict[str, Any]:
     """Return a method's parameters with those of ``--set KEY=VALUE``, values as YAML reads them.
 
     :param parameters: those that have flags of their own; None where they are not given.
+    :param flag: what stands before a word, for messages.
     :raises UserError: for a word without ``=``, and a parameter that is given twice.
     """
     import yaml
@@ -77,13 +78,25 @@ def key_values(words: Sequence[str], parameters: Mapping[str, Any]) -> dict[str,
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as failure:
-            raise UserError(f"--set {word}: the value is not valid YAML") from failure
+            raise UserError(f"{flag}{word}: the value is not valid YAML") from failure
         if not equals or not key or value is None:
-            raise UserError(f"--set {word}: expected KEY=VALUE")
+            raise UserError(f"{flag}{word}: expected KEY=VALUE")
         if given.get(key) is not None:
-            raise UserError(f"--set {key}: given twice; keep one")
+            raise UserError(f"{flag}{key}: given twice; keep one")
         given[key] = value
     return given
+
+
+def wrappers(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read ``--wrap NAME`` and ``--wrap NAME:KEY=VALUE,KEY=VALUE``.
+
+    :raises UserError: for a key without a value, and one that is given twice.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for word in words:
+        name, _, told = word.partition(":")
+        found[name] = key_values([part for part in told.split(",") if part], found.get(name, {}), f"--wrap {name}:")
+    return found
 
 
 def task_heads(words: Sequence[str]) -> dict[str, str]:

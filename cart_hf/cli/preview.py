@@ -109,4 +109,5 @@ def headline(plan: Plan) -> str:
     parts += [f"averaged: {plan.count('average')}"] if plan.count("average") else []
     parts += [f"from the base: {plan.count('base')}"] if plan.count("base") else []
     parts += [f"heads kept: {len(plan.heads)}"] if plan.heads else []
-    return f"{plan.method.name}, {len(plan.models)} models into one {plan.output_class} - " + ", ".join(parts)
+    name = " + ".join([plan.method.name, *(one.wrapper.name for one in plan.wrappings)])
+    return f"{name}, {len(plan.models)} models into one {plan.output_class} - " + ", ".join(parts)

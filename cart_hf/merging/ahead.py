@@ -10,8 +10,7 @@ import torch
 from cart_hf.merging.known import Known
 from cart_hf.merging.pieces import (
     BLOCK,
-    arithmetic,
-    merge_chunk,
+    merge_exactly,
     merge_group,
     read_base,
     read_block,
@@ -22,12 +21,11 @@ from cart_hf.merging.shares import Piece, pieces, share_of
 from cart_hf.merging.survey import survey
 from cart_hf.parallel import Progress, in_parallel
 from cart_hf.plan import Group, Plan, PlannedTensor
-from cart_hf.plan.model import Wrapping
 from cart_hf.processes import Processes
 
 if TYPE_CHECKING:
     from cart_hf.factors import FactorStore
-    from cart_hf.methods.wrappers.registry import Measure
+    from cart_hf.methods.wrappers.registry import Measure, Wrapper
 
 Part = tuple[str, int, torch.Tensor]
 """What was measured of a tensor from some element on."""
@@ -42,22 +40,21 @@ def look_ahead(
     :param store: where factors are looked for, and kept, by what must merge to know.
     """
     known = replace(known, surveyed=survey(plan, workers, report, processes))
-    block = {tensor.name: tensor.block for tensor in plan.tensors if tensor.has_update}
-    scales: dict[str, float] = {}
+    # those that no adapter changes count as blocks, too, as they do in whole models
+    block = {t.name: t.block for t in plan.tensors if t.inputs and t.base_input is not None}
     for wrapper, told in ((one.wrapper, one.parameters) for one in plan.wrappings):
         if wrapper.factors is None:
             continue
-        measured = {}
-        if wrapper.needs(told):
-            measured = _measure(plan, Wrapping(wrapper, told), workers, report, processes, known, store)
+        measured = _measure(plan, wrapper, workers, report, processes, known, store) if wrapper.needs(told) else {}
         found = wrapper.factors(measured=measured, block=block, models=len(plan.models), **told)
-        scales = {name: scales.get(name, 1.0) * found.get(name, 1.0) for name in block}
-    return replace(known, scales=scales)
+        # the next one measures what this one leaves
+        known = replace(known, scales={name: known.scales.get(name, 1.0) * found.get(name, 1.0) for name in block})
+    return known
 
 
 def _measure(
     plan: Plan,
-    wrapping: Wrapping,
+    wrapper: Wrapper,
     workers: int,
     report: Progress,
     processes: Processes,
@@ -65,7 +62,6 @@ def _measure(
     store: FactorStore | None,
 ) -> dict[str, torch.Tensor]:
     """Measure every tensor as a wrapper of layers asks for it."""
-    wrapper = wrapping.wrapper
     assert wrapper.measure is not None  # of one of layers
     measure = wrapper.measure
     if wrapper.whole:
@@ -111,8 +107,7 @@ def _of_piece(
         pairs = [(tensor, 0, part) for tensor, part in zip(piece.group.tensors, parts, strict=True)]
     else:
         (tensor,) = piece.group.tensors
-        chunk = merge_chunk(plan, tensor, piece.start, piece.stop, device, known)
-        pairs = [(tensor, piece.start, chunk.to(arithmetic(plan)))]
+        pairs = [(tensor, piece.start, merge_exactly(plan, tensor, piece.start, piece.stop, device, known))]
     return [_of_slice(plan, tensor, start, values, measure) for tensor, start, values in pairs]
 
 

@@ -10,6 +10,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,15 +41,22 @@ def merge_group(
     :param store: where factors are looked for, and kept.
     :return: shape of the stacked matrix, in the arithmetic's type, on ``device``.
     """
+    with _naming(plan.method.name, group):
+        merged = _merge_matrix(plan, group, device, store, known)
+    return _wrapped(plan, group, merged, device, known)
+
+
+@contextmanager
+def _naming(name: str, group: Group) -> Iterator[None]:
+    """Say what failed, and where, when a decomposition does."""
     from cart_hf.linalg.gram import DecompositionError  # here: element-wise work does without SciPy
 
     try:
-        merged = _merge_matrix(plan, group, device, store, known)
+        yield
     except DecompositionError as failure:
         raise RuntimeError(
-            f"{plan.method.name} failed on tensor '{group.name}' (shape {list(group.shape)}): {failure}"
+            f"{name} failed on tensor '{group.name}' (shape {list(group.shape)}): {failure}"
         ) from failure
-    return _wrapped(plan, group, merged, device, known)
 
 
 def _merge_matrix(
@@ -92,8 +100,10 @@ def _wrapped(plan: Plan, group: Group, merged: torch.Tensor, device: torch.devic
     if first.wrapped:
         merged = merged.clone()  # it may lie in the buffer that the models are read into
         for wrapper, parameters in ((one.wrapper, one.parameters) for one in plan.wrappings):
-            if wrapper.matrix is not None:
-                models = read_group(plan, group, device)
+            if wrapper.matrix is None:
+                continue
+            models = read_group(plan, group, device)
+            with _naming(wrapper.name, group):
                 if first.transposed:
                     merged = wrapper.matrix(merged=merged.mT, base=base.mT, models=models.mT, **parameters).mT
                 else:
@@ -224,28 +234,50 @@ def merge_chunk(
     """
     if tensor.role == "base":
         return _copy(plan, tensor, (start, stop))
+    if tensor.wrapped:
+        return cast(plan, tensor, merge_exactly(plan, tensor, start, stop, device, known))
+    result = torch.empty(stop - start, dtype=DTYPES[tensor.dtype])
+    for first, merged in _merged_blocks(plan, tensor, (start, stop), device, known):
+        result[first : first + len(merged)] = cast(plan, tensor, merged)
+    return result
+
+
+def merge_exactly(
+    plan: Plan, tensor: PlannedTensor, start: int, stop: int, device: torch.device, known: Known = NOTHING
+) -> torch.Tensor:
+    """Do the same with what is not just copied, before it is rounded to the output's type.
+
+    :return: 1-D, in the arithmetic's type, on the CPU.
+    """
+    result = torch.empty(stop - start, dtype=arithmetic(plan))
+    for first, merged in _merged_blocks(plan, tensor, (start, stop), device, known):
+        result[first : first + len(merged)] = merged.cpu()
+    if not tensor.wrapped:
+        return result
+    whole = result.view(tensor.shape).to(device)  # of a wrapped tensor there is one piece
+    return _wrapped(plan, Group((tensor,)), whole, device, known).reshape(-1).cpu()
+
+
+def _merged_blocks(
+    plan: Plan, tensor: PlannedTensor, span: tuple[int, int], device: torch.device, known: Known
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield what a tensor's elements merge to, a block at a time, and the block's first element, from the span's."""
     method, arguments = plan.method, _arguments(plan, tensor)
     learnt = plan.learnt(Group((tensor,)))
     if tensor.role == "average" and learnt is None:
         normalize = arguments.get("normalize", True) if method.name == "average" else True
         arguments = {"weight": arguments.get("weight", [1.0] * len(tensor.inputs)), "normalize": normalize}
         method = get_method("average")
+    # a matrix that is wrapped is scaled after that
     scale = 1.0 if tensor.wrapped else known.scales.get(tensor.name, 1.0)
-    result = torch.empty(stop - start, dtype=arithmetic(plan) if tensor.wrapped else DTYPES[tensor.dtype])
-    for first, inputs, base in _blocks(plan, tensor, (start, stop), device, method, known, with_base=scale != 1):
+    for first, inputs, base in _blocks(plan, tensor, span, device, method, known, with_base=scale != 1):
         if learnt is None:
             merged = method.function(**inputs, **arguments)
         else:
             assert method.linear is not None  # what coefficients are learnt for
             merged = combine(*method.linear.terms(**inputs, **arguments), learnt.values)
         merged = merged.reshape(-1)
-        if scale != 1 and base is not None:
-            merged = torch.lerp(base, merged, scale)
-        result[first : first + len(merged)] = merged.cpu() if tensor.wrapped else cast(plan, tensor, merged)
-    if not tensor.wrapped:
-        return result
-    whole = _wrapped(plan, Group((tensor,)), result.view(tensor.shape).to(device), device, known)
-    return cast(plan, tensor, whole.reshape(-1))
+        yield first, merged if scale == 1 or base is None else torch.lerp(base, merged, scale)
 
 
 def chunk_terms(

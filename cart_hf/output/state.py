@@ -15,7 +15,7 @@ from cart_hf.output.record import identify, resolved_recipe, versions
 from cart_hf.plan import Plan, Shard
 from cart_hf.recipe.reading import parse_yaml
 
-_NOT_OF_THE_BYTES = ("evaluation", "benchmark", "compress", "adapt")  # keys of a recipe
+_NOT_OF_THE_BYTES = ("evaluation", "benchmark", "compress", "adapt", "tune")  # keys of a recipe
 _ADVICE = "or leave out --resume to start afresh"
 
 

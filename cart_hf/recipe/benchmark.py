@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from cart_hf.recipe.adaptation import Adaptation
 from cart_hf.recipe.compression import RANKS, AdapterType, Compression, Form, Restore, Solver
 from cart_hf.recipe.sizes import parse_size
-from cart_hf.recipe.wrapping import Wrap, read_wrap
+from cart_hf.recipe.wrapping import Wrap, names_of, read_wrap
 
 INDEXING = "CART-Indexing"
 """What people call one centre with an adapter for each task."""
@@ -25,11 +26,17 @@ _DECIDES = (*RANKS, "budget")
 _RANK_RATIOS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
 
 
+def usual_name(method: str, wrappers: Iterable[str], *, adapted: bool) -> str:
+    """Return the name of a row from those of its method and its wrappers: ``cart + lines``, ``ties + adaptation``."""
+    return " + ".join([method, *wrappers]) + (ADAPTED if adapted else "")
+
+
 class Trial(BaseModel):
     """One row of the table: a method, and the settings it may choose from.
 
     :param method: a registered method.
-    :param name: the row's name; default: the method's (``cart + adaptation`` where its coefficients are learnt).
+    :param name: the row's name; default: the method's, with its wrappers (``cart + lines``), and ``cart + adaptation``
+        where its coefficients are learnt.
     :param parameters: settings that stay.
     :param grid: for each further parameter the values to try, every combination of them; the best on the selection
         split is scored.
@@ -58,8 +65,7 @@ class Trial(BaseModel):
             data = {"method": data}
         if not isinstance(data, dict):
             return data
-        wrapped = "".join(f" + {name}" for name in data.get("wrap") or ())
-        usual = f"{data.get('method')}{wrapped}{ADAPTED if data.get('adapt') is not None else ''}"
+        usual = usual_name(str(data.get("method")), names_of(data.get("wrap")), adapted=data.get("adapt") is not None)
         return {**data, "name": data.get("name") or usual}
 
     @model_validator(mode="after")

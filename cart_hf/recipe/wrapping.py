@@ -9,7 +9,7 @@ from cart_hf.errors import UserError, did_you_mean
 from cart_hf.methods.wrappers import get_wrapper
 
 Wrap = dict[str, dict[str, Any]]
-"""The parameters of each wrapper by its name, in the order in which they act."""
+"""The parameters of each wrapper by its name, in the order in which they act: those of matrices before all others."""
 
 
 def read_wrap(value: Any) -> Wrap:
@@ -17,36 +17,31 @@ def read_wrap(value: Any) -> Wrap:
 
     :raises ValueError: with every problem found.
     """
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        value = [value]
-    if isinstance(value, list | tuple):
-        value = dict.fromkeys(value)
-    if not isinstance(value, dict):
-        raise ValueError(f"expected wrappers by name, such as {{lines: {{}}}}, not {value!r}")
     problems: list[str] = []
-    found = {str(name): _settled(str(name), told, problems) for name, told in value.items()}
+    found = {name: _settled(name, told, problems) for name, told in _by_name(value).items()}
     if problems:
         raise ValueError("; ".join(problems))
     return found
 
 
-def read_flag(texts: list[str]) -> Wrap:
-    """Return wrappers from flags: ``NAME``, or ``NAME:KEY=VALUE,KEY=VALUE``.
+def names_of(value: Any) -> list[str]:
+    """Return the names of wrappers in what :func:`read_wrap` reads; none where it would refuse it."""
+    try:
+        return list(_by_name(value))
+    except ValueError:
+        return []
 
-    :raises UserError: for what is none of these.
-    """
-    import yaml
 
-    found: dict[str, dict[str, Any]] = {}
-    for text in texts:
-        name, _, told = text.partition(":")
-        pairs = [pair.partition("=") for pair in told.split(",") if pair]
-        if any(not key or not middle for key, middle, _ in pairs):
-            raise UserError(f"--wrap {text}: write NAME, or NAME:KEY=VALUE,KEY=VALUE")
-        found.setdefault(name, {}).update({key: yaml.safe_load(value) for key, _, value in pairs})
-    return found
+def _by_name(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        value = dict.fromkeys(value)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected wrappers by name, such as {{lines: {{}}}}, not {value!r}")
+    return {str(name): told for name, told in value.items()}
 
 
 def with_point(wrap: Wrap, point: Mapping[str, Any]) -> tuple[Wrap, dict[str, Any]]:
@@ -65,6 +60,11 @@ def with_point(wrap: Wrap, point: Mapping[str, Any]) -> tuple[Wrap, dict[str, An
     return told, rest
 
 
+def as_point(wrap: Wrap) -> dict[str, Any]:
+    """Return the wrappers' settings as those of a point."""
+    return {f"{name}.{key}": value for name, parameters in wrap.items() for key, value in parameters.items()}
+
+
 def searches(wrap: Wrap) -> dict[str, tuple[Any, ...]]:
     """Return the values that `cart-hf tune` tries of the wrappers' parameters."""
     wrappers = [get_wrapper(name) for name in wrap]
@@ -77,15 +77,19 @@ def _settled(name: str, told: Any, problems: list[str]) -> dict[str, Any]:
     except UserError as failure:
         problems.extend(problem.removeprefix("wrap: ") for problem in failure.problems)
         return {}
+    if told is not None and not isinstance(told, dict):
+        known = ", ".join(parameter.name for parameter in wrapper.parameters)
+        problems.append(f"{name}: expected a mapping of its parameters ({known}), not {told!r}")
+        return {}
     settled: dict[str, Any] = {parameter.name: parameter.default for parameter in wrapper.parameters}
-    for key, value in (told or {}).items() if isinstance(told or {}, dict) else [(told, None)]:
+    for key, value in (told or {}).items():
         parameter = wrapper.parameter(str(key))
         if parameter is None:
-            known = [parameter.name for parameter in wrapper.parameters]
-            problems.append(f"{name} has no parameter '{key}'{did_you_mean(str(key), known)}")
-            continue
-        problem = parameter.problem_with(value) if value is not None else None
-        if problem:
-            problems.append(f"{name}.{key}: {problem}")
-        settled[parameter.name] = value
+            close = did_you_mean(str(key), [parameter.name for parameter in wrapper.parameters])
+            problems.append(f"{name} has no parameter '{key}'{close}")
+        elif value is not None:  # which stands for the default
+            problem = parameter.problem_with(value)
+            if problem:
+                problems.append(f"{name}.{key}: {problem}")
+            settled[parameter.name] = value
     return settled

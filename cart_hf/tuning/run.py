@@ -19,6 +19,7 @@ from cart_hf.output import check_replaceable
 from cart_hf.parallel import Progress
 from cart_hf.processes import Processes, join
 from cart_hf.recipe import Recipe, Selection, Trial, Tuning, with_examples
+from cart_hf.recipe.wrapping import as_point
 from cart_hf.sources import fetch_weights
 from cart_hf.tasks import evaluation_of, known_among
 from cart_hf.tuning.data_free import settings_without_data
@@ -205,7 +206,8 @@ class _Search:
             return tried[key].results.average or 0.0
 
         if self.tuning.search == "coordinate":
-            best = search_coordinates(trial, self.recipe.parameters, score)
+            start = {**self.recipe.parameters, **as_point(self.recipe.wrap)}
+            best = search_coordinates(trial, start, score)
         else:
             best = search_grid(trial, score)
         points = [tried[str(point)] for point in trial.points if str(point) in tried]
