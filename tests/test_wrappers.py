@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cart_hf.methods.wrappers import all_wrappers, larv, lines
 from cart_hf.methods.wrappers.svc import svc
+from cart_hf.sources import Block
 
 SHAPES = [(12, 12), (20, 8), (8, 20), (5, 1), (1, 5), (1, 1)]
 
@@ -26,6 +27,12 @@ def drawn(shape, tasks=3, seed=0, dtype=torch.float64):
 
 def test_all_are_registered():
     assert {"lines", "svc", "larv"} <= all_wrappers().keys()
+
+
+def places(index):
+    """The blocks of one tower."""
+    count = 1 + max(place for place in index.values() if place is not None)
+    return {name: None if place is None else Block("layers", place, count) for name, place in index.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -81,11 +88,11 @@ def test_any_input_gives_finite_numbers(shape, tasks, rank, idle, moved, size, d
     measured = {"a": larv.measure(base=base, models=models), "b": larv.measure(base=base, models=models[:1])}
     for gate in ("three", "two", "continuous"):
         factors = larv.factors(
-            measured=measured, block={"a": 0, "b": 1}, models=2, gate=gate, low=0.5, high=1.5, depth=0.5
+            measured=measured, block=places({"a": 0, "b": 1}), models=2, gate=gate, low=0.5, high=1.5, depth=0.5
         )
         assert all(0.5 <= factor <= 1.5 for factor in factors.values())
     pair = {"a": lines.measure(merged=merged, base=base, models=models)}
-    (factor,) = lines.factors(measured=pair, block={"a": 0}, models=len(models), alpha=None, beta=1.0).values()
+    (factor,) = lines.factors(measured=pair, block=places({"a": 0}), models=len(models), alpha=None, beta=1.0).values()
     assert np.isfinite(factor)
 
 
@@ -107,11 +114,11 @@ BLOCKS = {"stem": None, "0.a": 0, "0.b": 0, "1.a": 1, "2.a": 2, "head": None}
 
 def test_lines_is_a_line_over_the_blocks():
     measured = {"stem": torch.tensor([6.0, 2.0]), "1.a": torch.tensor([2.0, 2.0])}
-    found = lines.factors(measured=measured, block=BLOCKS, models=4, alpha=None, beta=1.0)
+    found = lines.factors(measured=measured, block=places(BLOCKS), models=4, alpha=None, beta=1.0)
     assert found == pytest.approx({"stem": 0.5, "0.a": 0.5, "0.b": 0.5, "1.a": 1.0, "2.a": 1.5, "head": 0.5})
-    given_alpha = lines.factors(measured={}, block=BLOCKS, models=4, alpha=0.1, beta=0.9)
+    given_alpha = lines.factors(measured={}, block=places(BLOCKS), models=4, alpha=0.1, beta=0.9)
     assert given_alpha == pytest.approx({"stem": 0.1, "0.a": 0.1, "0.b": 0.1, "1.a": 0.55, "2.a": 1.0, "head": 0.1})
-    assert set(lines.factors(measured={}, block=BLOCKS, models=4, alpha=1.0, beta=0.0).values()) == {1.0}
+    assert set(lines.factors(measured={}, block=places(BLOCKS), models=4, alpha=1.0, beta=0.0).values()) == {1.0}
 
 
 def test_lines_makes_the_first_block_of_task_arithmetic_the_average():
@@ -120,7 +127,9 @@ def test_lines_makes_the_first_block_of_task_arithmetic_the_average():
     for scale in (0.3, 1.0):
         merged = base + scale * taus.sum(dim=0)
         measured = {"0.a": lines.measure(merged=merged, base=base, models=models)}
-        factor = lines.factors(measured=measured, block={"0.a": 0, "1.a": 1}, models=5, alpha=None, beta=2.0)["0.a"]
+        factor = lines.factors(measured=measured, block=places({"0.a": 0, "1.a": 1}), models=5, alpha=None, beta=2.0)[
+            "0.a"
+        ]
         torch.testing.assert_close(base + factor * (merged - base), models.mean(dim=0))
 
 
@@ -143,7 +152,7 @@ def test_larv_measures_contrast_and_conflict(shape, dtype):
 def test_larv_sorts_blocks_by_their_scores():
     rng = np.random.default_rng(3)
     contrast, conflict = rng.uniform(0.5, 2.0, 6), rng.uniform(0.1, 1.0, 6)
-    block = {"stem": None, **{f"{i}.{leaf}": i for i in range(6) for leaf in "abc"}}
+    block = places({"stem": None, **{f"{i}.{leaf}": i for i in range(6) for leaf in "abc"}})
     # two matrices of each block, whose mean is what the block has; the third (a bias) is not measured
     measured = {
         f"{i}.{leaf}": torch.tensor([contrast[i] * part, conflict[i] * part, 1.0], dtype=torch.float64)
@@ -167,7 +176,7 @@ def test_larv_sorts_blocks_by_their_scores():
 def test_larv_of_equal_layers_is_constant(gate):
     _, base, models = drawn((9, 6))
     measured = {str(i): larv.measure(base=base, models=models * 1.0) for i in range(7)}
-    block = {str(i): i for i in range(7)}
+    block = places({str(i): i for i in range(7)})
     found = larv.factors(measured=measured, block=block, models=3, gate=gate, low=0.5, high=1.5, depth=0.0)
     assert len(set(found.values())) == 1
     if gate != "continuous":
@@ -178,10 +187,19 @@ def test_larv_ignores_what_did_not_change():
     _, base, models = drawn((6, 6))
     idle = larv.measure(base=base, models=base.expand(3, 6, 6))
     assert (idle == 0).all()
-    block = {"0.a": 0, "0.b": 0, "1.a": 1, "2.a": 2}
+    block = places({"0.a": 0, "0.b": 0, "1.a": 1, "2.a": 2})
     told = {"models": 3, "gate": "continuous", "low": 0.5, "high": 1.5, "depth": 0.5}
     measured = {"0.a": larv.measure(base=base, models=models), "1.a": larv.measure(base=base, models=models[:1])}
     with_idle = larv.factors(measured={**measured, "0.b": idle, "2.a": idle}, block=block, **told)
     assert with_idle == larv.factors(measured=measured, block=block, **told)
     assert with_idle["2.a"] == 1.0
     assert set(larv.factors(measured={"0.a": idle}, block=block, **told).values()) == {1.0}
+
+
+def test_each_tower_has_its_own_depth():
+    block = {"v.0": Block("vision", 0, 2), "v.1": Block("vision", 1, 2), "t.1": Block("text", 1, 3)}
+    assert lines.factors(measured={}, block=block, models=4, alpha=0.5, beta=1.0) == {
+        "v.0": 0.5,
+        "v.1": 1.5,
+        "t.1": 1.0,
+    }

@@ -37,6 +37,10 @@ def fisher(*, models: torch.Tensor, fisher: torch.Tensor, weight: Sequence[float
 
     Where no model's answers depend on an entry, that is the (weighted) average. Time and memory: O(T) for each entry.
 
+    With ``normalize`` the floor is added to what has been brought to one norm. The authors' code raises each ``F_t`` to
+    its floor before that, and only the first model's by default: where all are below it, the model of the least norm
+    decides there, here they count alike.
+
     :param models: shape (T, ...), float32 or float64; overwritten.
     :param fisher: the diagonal of the Fisher information, >= 0, of the same shape; overwritten.
     """

@@ -139,7 +139,7 @@ def _plan_tensor(context: _Context, name: str) -> PlannedTensor:
         tasks=tuple(model.checkpoint.name for model in context.headed if name in model.backbone),
         linear=linear,
         transposed=place.transposed,
-        block=block.index if block else None,
+        block=block,
         wrapped=by_matrix and linear and role != "base" and base is not None,
     )
     return _with_rank(tensor) if role == "low_rank" else tensor

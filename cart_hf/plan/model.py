@@ -11,7 +11,7 @@ from cart_hf.methods import Method
 from cart_hf.methods.wrappers import Wrapper
 from cart_hf.plan.coefficients import Coefficients, Learnt, as_float32
 from cart_hf.recipe import Recipe
-from cart_hf.sources import Checkpoint, element_size
+from cart_hf.sources import Block, Checkpoint, element_size
 
 Role = Literal["low_rank", "matrix", "elementwise", "average", "base"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -38,7 +38,7 @@ class PlannedTensor:
     :param group: tensors of one group are stacked row-wise and merged as one matrix (fused q, k, v).
     :param linear: whether it is the weight of a Linear in an encoder block.
     :param transposed: whether that is stored as (in, out), as GPT-2's Conv1D has it.
-    :param block: which encoder block it lies in, counted from 0; None outside of them.
+    :param block: the encoder block it lies in; None outside of them.
     :param wrapped: whether a wrapper recomputes its update as a whole matrix.
     :param tasks: the models with a head whose class has it: their ``tasks/NAME`` share the file it lies in.
     """
@@ -58,7 +58,7 @@ class PlannedTensor:
     tasks: tuple[str, ...] = ()
     linear: bool = False
     transposed: bool = False
-    block: int | None = None
+    block: Block | None = None
     wrapped: bool = False
 
     @property

@@ -202,7 +202,7 @@ class Recipe(BaseModel):
             if base is not None and len(models) == 1 and models[0].model != base:
                 models = (ModelEntry(model=base, name=base.default_name), *models)
             models = tuple(sorted(models, key=lambda entry: entry.model != base))
-        if self.wrap and self.base_model is None:
+        if self.wrap and self.base_model is None and not method.needs_base:
             problems.append(f"base_model: wrap ({', '.join(self.wrap)}) acts on the update of the base, and needs it")
         if len(models) < fewest:
             found = f"only one model ({models[0].model})" if models else "no model to merge"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from cart_hf.methods.parameters import Parameter
-from cart_hf.methods.wrappers.registry import Wrapper
+from cart_hf.methods.wrappers.registry import Place, Wrapper
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def _effective_rank(gram: torch.Tensor) -> float:
 def factors(
     *,
     measured: Mapping[str, torch.Tensor],
-    block: Mapping[str, int | None],
+    block: Mapping[str, Place | None],
     models: int,
     gate: Literal["three", "two", "continuous"],
     low: float,
@@ -98,23 +98,22 @@ def factors(
     thresholds over several tensors, nor where a constant of its own has a scale (ACE's epsilon, WUDI's Adam).
 
     :param measured: what :func:`measure` returned of each matrix of the blocks.
-    :param block: each tensor's block, counted from 0, or None.
+    :param block: each tensor's block, or None.
     :param models: T; plays no part.
     """
     import torch
 
-    totals: dict[int, torch.Tensor] = {}
+    totals: dict[Place, torch.Tensor] = {}
     for name, numbers in measured.items():
         place = block[name]
         if place is not None and numbers[2] > 0:
             totals[place] = totals.get(place, 0.0) + numbers
     if not totals:
         return dict.fromkeys(block, 1.0)
-    blocks = max(place for place in block.values() if place is not None) + 1
     contrast, conflict = torch.stack([totals[place][:2] / totals[place][2] for place in totals]).unbind(dim=1)
     spread = float(conflict.std(correction=0))
     standardised = (conflict - conflict.mean()) / (spread if spread > _TINY else 1.0)
-    relative = torch.tensor([(place + 1) / blocks for place in totals], dtype=torch.float64)
+    relative = torch.tensor([(place.index + 1) / place.count for place in totals], dtype=torch.float64)
     scores = contrast * relative**depth / (1 + torch.nn.functional.softplus(standardised))
     by_block = dict(zip(totals, _gated(scores.tolist(), gate, low, high), strict=True))
     return {name: by_block.get(place, 1.0) if place is not None else 1.0 for name, place in block.items()}

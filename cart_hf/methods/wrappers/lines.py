@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cart_hf.methods.parameters import Parameter
-from cart_hf.methods.wrappers.registry import Wrapper
+from cart_hf.methods.wrappers.registry import Place, Wrapper
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def measure(*, merged: torch.Tensor, base: torch.Tensor, models: torch.Tensor) -
 def factors(
     *,
     measured: Mapping[str, torch.Tensor],
-    block: Mapping[str, int | None],
+    block: Mapping[str, Place | None],
     models: int,
     alpha: float | None,
     beta: float,
@@ -41,15 +41,18 @@ def factors(
     """Return ``alpha + beta * l / (L - 1)`` for the tensors of block l of L, and ``alpha`` for all others.
 
     :param measured: what :func:`measure` returned of each tensor; not needed when ``alpha`` is given.
-    :param block: each tensor's block, counted from 0, or None.
+    :param block: each tensor's block, or None; of two towers each has its own L.
     :param models: T.
     :param alpha: None: ``||sum_t τ_t||_1 / ||merged - base||_1 / T`` over all the tensors measured.
     """
     if alpha is None:
         summed, moved = (sum(float(pair[i]) for pair in measured.values()) for i in (0, 1))
         alpha = summed / moved / models if moved > 0 else 1 / models
-    last = max((place for place in block.values() if place is not None), default=0)
-    return {name: alpha + beta * (place or 0) / max(last, 1) for name, place in block.items()}
+    return {name: alpha + beta * _steps(place) for name, place in block.items()}
+
+
+def _steps(place: Place | None) -> float:
+    return place.index / max(place.count - 1, 1) if place is not None else 0.0
 
 
 WRAPPER = Wrapper(

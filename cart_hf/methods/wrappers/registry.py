@@ -7,10 +7,10 @@ matrices recomputes that of each Linear weight of the blocks.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cart_hf.errors import UserError, did_you_mean
 from cart_hf.methods.parameters import Parameter
@@ -21,6 +21,21 @@ if TYPE_CHECKING:
     Measure = Callable[..., torch.Tensor]
     Factors = Callable[..., dict[str, float]]
     Matrix = Callable[..., torch.Tensor]
+
+
+class Place(Hashable, Protocol):
+    """A block of a model's tower.
+
+    :param index: which one it is, from 0.
+    :param count: how many the tower has.
+    """
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
 
 BUILT_IN = ("lines", "svc", "larv")
 
