@@ -262,7 +262,7 @@ def test_fisher_on_a_checkpoint(roberta: World, tmp_path: Path) -> None:
     shared = oracle.brought_to_one_norm(information)
     for name in (tensor.name for tensor in plan.tensors):
         found, models = merged[name], [state[name].double().numpy() for state in states]
-        wanted = oracle.fisher(models, [one.get(name, np.zeros(found.shape)) for one in shared], 1e-6, EVEN)
+        wanted = oracle.fisher(models, [one.get(name, np.zeros(found.shape)) for one in shared], 1e-12, EVEN)
         np.testing.assert_allclose(found, wanted, atol=1e-4, err_msg=name)
 
 

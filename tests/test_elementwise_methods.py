@@ -30,7 +30,7 @@ from test_streaming import ALONE, Rank, silent
 import cart_hf
 from cart_hf.api import plan_merge
 from cart_hf.errors import UserError
-from cart_hf.merging import pieces, products, survey
+from cart_hf.merging import products, reading, slices, survey
 from cart_hf.methods import get_method
 from cart_hf.methods.breadcrumbs import breadcrumbs, kept_ranks
 from cart_hf.methods.della import della, keep_probabilities
@@ -275,7 +275,8 @@ def test_neither_blocks_nor_the_order_of_models_change_a_byte(roberta, tmp_path,
     models = models[:2] if method == "slerp" else models
     written = []
     for number, (block, order) in enumerate(((2**17, 1), (100, 1 if method == "slerp" else -1))):
-        monkeypatch.setattr(pieces, "BLOCK", block)
+        for module in (reading, slices):
+            monkeypatch.setattr(module, "BLOCK", block)
         cart_hf.merge(base=base, models=models[::order], method=method, output=tmp_path / str(number))
         written.append((tmp_path / str(number) / "model.safetensors").read_bytes())
     assert written[0] == written[1]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import cart_hf
 from cart_hf.linalg.low_rank import Factors
 from cart_hf.linalg.products import factorize_products
-from cart_hf.merging import pieces
+from cart_hf.merging import decomposing, matrices
 
 CENTRING = torch.eye(3, dtype=torch.float64) - 1 / 3
 
@@ -94,9 +94,11 @@ def adapters(tmp_path_factory) -> tuple[str, list[str]]:
 def test_a_merge_of_adapters_decomposes_no_whole_matrix(adapters, tmp_path, monkeypatch, options):
     base, models = adapters
     with monkeypatch.context() as patch:
-        patch.setattr(pieces, "find_thin", lambda plan, group, centre="average": None)
+        for module in (decomposing, matrices):
+            patch.setattr(module, "find_thin", lambda plan, group, centre="average": None)
         cart_hf.merge(base=base, models=models, output=tmp_path / "dense", **options)
-    monkeypatch.setattr(pieces, "read_group", None)  # whole matrices cannot be read
+    for module in (decomposing, matrices):
+        monkeypatch.setattr(module, "read_group", None)  # whole matrices cannot be read
     cart_hf.merge(base=base, models=models, output=tmp_path / "thin", **options)
     cart_hf.merge(base=base, models=models, output=tmp_path / "kept", factors=tmp_path / "factors", **options)
     dense, thin, kept = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "thin", "kept"))

@@ -18,7 +18,7 @@ import cart_hf
 from cart_hf.api import plan_merge
 from cart_hf.errors import UserError
 from cart_hf.linalg.magnitude import MagnitudeHistogram
-from cart_hf.merging import pieces, survey
+from cart_hf.merging import reading, slices, survey
 from cart_hf.merging.survey import magnitude_thresholds
 from cart_hf.processes import Processes
 from cart_hf.recipe import recipe_from_flags
@@ -44,7 +44,8 @@ def test_the_size_of_a_block_changes_no_byte(roberta, tmp_path, monkeypatch, met
     base, models = roberta
     written = []
     for block in (2**17, 100, 37):
-        monkeypatch.setattr(pieces, "BLOCK", block)
+        for module in (reading, slices):
+            monkeypatch.setattr(module, "BLOCK", block)
         cart_hf.merge(base=base, models=models, method=method, output=tmp_path / str(block))
         written.append((tmp_path / str(block) / "model.safetensors").read_bytes())
     assert written[0] == written[1] == written[2]
@@ -53,7 +54,8 @@ def test_the_size_of_a_block_changes_no_byte(roberta, tmp_path, monkeypatch, met
 @pytest.mark.parametrize("dtype", ["F32", "F64", "BF16"])
 def test_a_broken_value_in_any_block_is_named(roberta, tmp_path, monkeypatch, dtype):
     base, models = roberta
-    monkeypatch.setattr(pieces, "BLOCK", 50)
+    for module in (reading, slices):
+        monkeypatch.setattr(module, "BLOCK", 50)
     file = Path(models[1]) / "model.safetensors"
     state = load_file(file)
     broken = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16}[dtype]

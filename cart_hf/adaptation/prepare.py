@@ -11,9 +11,10 @@ import torch
 from cart_hf.adaptation.terms import DenseTerms, LowRankTerms, Rows, Terms
 from cart_hf.factors import FactorStore
 from cart_hf.linalg.low_rank import Factors
+from cart_hf.merging.decomposing import decomposed
 from cart_hf.merging.known import NOTHING, Known
-from cart_hf.merging.pieces import chunk_terms, decomposed
 from cart_hf.merging.shares import Piece, pieces
+from cart_hf.merging.slices import chunk_terms
 from cart_hf.merging.survey import survey
 from cart_hf.parallel import Progress, in_parallel, one_blas_thread, silent
 from cart_hf.plan import Group, Plan

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from cart_hf.merging.pieces import BLOCK, add_terms
+from cart_hf.merging.decomposing import add_terms
+from cart_hf.merging.reading import BLOCK
 from cart_hf.methods.linear import combine
 from cart_hf.plan import Group
 from cart_hf.plan.coefficients import Learnt

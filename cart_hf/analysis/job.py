@@ -16,8 +16,9 @@ from cart_hf.analysis.warnings import find_warnings
 from cart_hf.api import calibrated
 from cart_hf.merging.ahead import look_ahead
 from cart_hf.merging.known import Known
-from cart_hf.merging.pieces import merge_chunk, merge_group
+from cart_hf.merging.matrices import merge_group
 from cart_hf.merging.shares import Piece, pieces, share_of
+from cart_hf.merging.slices import merge_chunk
 from cart_hf.parallel import Progress, in_parallel, one_blas_thread
 from cart_hf.plan import Plan
 from cart_hf.processes import Processes

@@ -17,7 +17,7 @@ from cart_hf.analysis.theorem import check_theorem
 from cart_hf.factors import FactorStore
 from cart_hf.factors.store import Centred
 from cart_hf.linalg.gram import DecompositionError
-from cart_hf.merging.pieces import decompose, decomposed, merge_by_factors
+from cart_hf.merging.decomposing import decompose, decomposed, merge_by_factors
 from cart_hf.plan import Group, Plan, PlannedTensor
 from cart_hf.recipe.compression import Centre
 

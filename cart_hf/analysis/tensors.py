@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cart_hf.analysis.model import Floats, Tensor
-from cart_hf.merging.pieces import BLOCK, cast, read_block
+from cart_hf.merging.reading import BLOCK, cast, read_block
 from cart_hf.plan import Group, Plan, PlannedTensor
 
 _SLICE = 2**12  # elements of each model at a time in float64: what stays in the core's own cache

@@ -13,7 +13,7 @@ from cart_hf.compression.config import adapter_config
 from cart_hf.compression.outline import Outline, Target
 from cart_hf.errors import UserError
 from cart_hf.linalg.low_rank import Factors
-from cart_hf.merging.pieces import is_finite, refuse_broken
+from cart_hf.merging.reading import is_finite, refuse_broken
 from cart_hf.plan import PlannedTensor
 from cart_hf.plan.model import CHUNK
 from cart_hf.recipe import Reference

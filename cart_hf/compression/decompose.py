@@ -13,7 +13,7 @@ from cart_hf.compression.ranks import allot
 from cart_hf.errors import UserError
 from cart_hf.factors import FactorStore
 from cart_hf.linalg.low_rank import Factors
-from cart_hf.merging.pieces import decomposed
+from cart_hf.merging.decomposing import decomposed
 from cart_hf.parallel import Progress, in_parallel, one_blas_thread
 from cart_hf.plan import Group, Plan
 

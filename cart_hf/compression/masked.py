@@ -13,11 +13,21 @@ import torch
 
 from cart_hf.api import plan_merge, resolved_target
 from cart_hf.compression.emr import Sums, mask, unify
-from cart_hf.compression.masks import MASKS_FOLDER, RESCALER, UNIFIED_FOLDER, mask_bytes, mask_shards, masked, whole
+from cart_hf.compression.masks import (
+    MASKS_FOLDER,
+    RESCALER,
+    UNIFIED_FOLDER,
+    Mask,
+    mask_bytes,
+    mask_shards,
+    masked,
+    whole,
+)
 from cart_hf.compression.record import write_masked_record
 from cart_hf.errors import UserError, telling
 from cart_hf.merging import default_workers
-from cart_hf.merging.pieces import BLOCK, cast, merge_chunk, read_block, sources_of
+from cart_hf.merging.reading import BLOCK, cast, read_block, sources_of
+from cart_hf.merging.slices import merge_chunk
 from cart_hf.output import WorkFolder, check_target
 from cart_hf.output.folder import check_inputs, check_space, write_folder
 from cart_hf.output.journal import Journal
@@ -32,22 +42,6 @@ from cart_hf.recipe import Recipe
 from cart_hf.sources import fetch_weights
 
 Slice = tuple[PlannedTensor, int, int]
-
-
-@dataclass(frozen=True)
-class Mask:
-    """What one task has of its own.
-
-    :param nbytes: size of its files: a bit for each weight, its rescaler, and what the base lacks.
-    :param rescaler: what the masked task vector is multiplied with.
-    :param error: relative distance from the fine-tuned model: 0 is the model, 1 the base.
-    :param model_bytes: size of the fine-tuned model's weights.
-    """
-
-    nbytes: int
-    rescaler: float
-    error: float
-    model_bytes: int
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ OUTPUT/masks/NAME/   mask.safetensors: for each masked tensor its bits, for othe
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cart_hf.plan import Plan, PlannedTensor, Shard, lay_out
 
@@ -25,6 +25,22 @@ RESCALER = PlannedTensor(
     base_input=None,
     parameters={},
 )
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What one task has of its own.
+
+    :param nbytes: size of its files: a bit for each weight, its rescaler, and what the base lacks.
+    :param rescaler: what the masked task vector is multiplied with.
+    :param error: relative distance from the fine-tuned model: 0 is the model, 1 the base.
+    :param model_bytes: size of the fine-tuned model's weights.
+    """
+
+    nbytes: int
+    rescaler: float
+    error: float
+    model_bytes: int
 
 
 def masked(tensor: PlannedTensor) -> PlannedTensor:

@@ -16,7 +16,7 @@ from cart_hf.plan import Plan
 from cart_hf.recipe import Compression
 
 if TYPE_CHECKING:
-    from cart_hf.compression.masked import Mask
+    from cart_hf.compression.masks import Mask
 
 _OF_A_MERGE = ("base", "models", "method", "summary", "equation", "citation", "parameters", "adaptation")
 

@@ -16,7 +16,7 @@ import yaml
 from cart_hf.api import resolved_target
 from cart_hf.compression.masks import BITS, MASKS_FOLDER, RESCALER, UNIFIED_FOLDER, WHOLE
 from cart_hf.errors import UserError, did_you_mean, telling
-from cart_hf.merging.pieces import is_finite
+from cart_hf.merging.reading import is_finite
 from cart_hf.output import WorkFolder, check_target
 from cart_hf.output.record import COMPRESS_FILE, RECIPE_FILE
 from cart_hf.output.unfinished import cannot_write

@@ -14,7 +14,7 @@ from cart_hf.conversion.contents import Contents
 from cart_hf.conversion.names import Origin, is_text, origin
 from cart_hf.conversion.shapes import base_config, check_settings, chosen_activation, deduced_config
 from cart_hf.errors import UserError, shorten
-from cart_hf.merging.pieces import is_finite
+from cart_hf.merging.reading import is_finite
 from cart_hf.sources import DTYPES, Checkpoint, describe
 
 SHOWN = 3  # problems of one file that are shown

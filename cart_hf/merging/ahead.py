@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from cart_hf.merging.known import Known
-from cart_hf.merging.pieces import (
-    BLOCK,
-    merge_exactly,
-    merge_group,
-    read_base,
-    read_block,
-    read_group,
-    sources_of,
-)
+from cart_hf.merging.matrices import merge_group
+from cart_hf.merging.reading import BLOCK, read_base, read_block, read_group, sources_of
 from cart_hf.merging.shares import Piece, pieces, share_of
+from cart_hf.merging.slices import merge_exactly
 from cart_hf.merging.survey import survey
 from cart_hf.parallel import Progress, in_parallel
 from cart_hf.plan import Group, Plan, PlannedTensor

@@ -17,8 +17,10 @@ import torch
 
 from cart_hf.merging.ahead import look_ahead
 from cart_hf.merging.known import Calibration, Known
-from cart_hf.merging.pieces import cast, merge_chunk, merge_group, sources_of
+from cart_hf.merging.matrices import merge_group
+from cart_hf.merging.reading import cast, sources_of
 from cart_hf.merging.shares import Piece, Span, pieces, share_of
+from cart_hf.merging.slices import merge_chunk
 from cart_hf.parallel import Progress, in_parallel, one_blas_thread
 from cart_hf.plan import Plan, PlannedTensor
 from cart_hf.processes import Processes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cart_hf.merging.pieces import BLOCK, read_block, sources_of
+from cart_hf.merging.reading import BLOCK, read_block, sources_of
 from cart_hf.parallel import Progress, in_parallel
 from cart_hf.plan import Plan, PlannedTensor
 from cart_hf.plan.model import CHUNK

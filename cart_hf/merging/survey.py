@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cart_hf.merging.known import Surveyed
-from cart_hf.merging.pieces import BLOCK, read_block
 from cart_hf.merging.products import Slice, inner_products
+from cart_hf.merging.reading import BLOCK, read_block
 from cart_hf.methods.breadcrumbs import kept_ranks
 from cart_hf.parallel import Progress, in_parallel
 from cart_hf.plan import Plan, PlannedTensor

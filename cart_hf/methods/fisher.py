@@ -23,7 +23,7 @@ if TYPE_CHECKING:
             kind="boolean",
             planning=True,
         ),
-        Parameter("floor", 1e-6, "added to every entry's Fisher information", above=0),
+        Parameter("floor", 1e-12, "added to every entry's Fisher information", above=0),
         WEIGHT,
     ),
     summary="the average of each entry, weighted by its (diagonal) Fisher information in every model",

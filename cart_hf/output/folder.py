@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from cart_hf.errors import UserError
-from cart_hf.merging.pieces import is_finite, refuse_broken
+from cart_hf.merging.reading import is_finite, refuse_broken
 from cart_hf.output.record import COMPRESS_FILE, MERGE_FILE
 from cart_hf.plan import Plan, Shard
 from cart_hf.recipe import Reference

@@ -193,6 +193,11 @@ class Plan:
             groups.setdefault(tensor.group or tensor.name, []).append(tensor)
         return (Group(tuple(tensors)) for tensors in groups.values())
 
+    def arguments_of(self, tensor: PlannedTensor) -> dict[str, Any]:
+        """Return the parameters that the method's function takes for a tensor."""
+        planning = {p.name for p in self.method.parameters if p.planning}
+        return {name: value for name, value in tensor.parameters.items() if name not in planning}
+
     def own_coefficients(self, group: Group) -> list[float] | None:
         """Return what the method multiplies each model's term with; None where it has no such terms."""
         first, linear = group.tensors[0], self.method.linear

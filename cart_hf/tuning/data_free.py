@@ -28,7 +28,7 @@ import torch
 from cart_hf.api import factor_store, plan_merge
 from cart_hf.errors import UserError
 from cart_hf.merging import default_workers
-from cart_hf.merging.pieces import decompose, decomposed
+from cart_hf.merging.decomposing import decompose, decomposed
 from cart_hf.methods.cart import coefficients
 from cart_hf.parallel import Progress, in_parallel, one_blas_thread
 from cart_hf.plan import Group
