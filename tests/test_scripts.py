@@ -136,6 +136,22 @@ def test_benchmark_multitask(tmp_path: Path, own_caches: Path, capsys: pytest.Ca
     assert json.loads((tmp_path / "out.json").read_text())["tokens"] == 70
 
 
+def test_compare_methods_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, merged in enumerate((0.6, 0.7, 0.8)):
+        rows = {"individual": (0.5, 1.0, {}), "CART": (merged, merged, {"scale": 2.5}), "other": (0.1, 0.1, {})}
+        written = [
+            {"name": name, "parameters": told, "tasks": {"a": {"score": a}, "b": {"score": b}}}
+            for name, (a, b, told) in rows.items()
+            if seed or name != "other"
+        ]
+        (tmp_path / f"{seed}.json").write_text(json.dumps({"rows": written}))
+    run("compare_methods", "scores", *sorted(tmp_path.glob("*.json")))
+    _, _, first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("| individual | 75.0 ± 0.0 | 100.0 ± 0.0 |")
+    assert second.split(" | ")[:3] == ["| CART", "70.0 ± 10.0", "105.0 ± 15.0"]  # of m / 0.5 and m
+    assert not any(rest)  # a row that one of the tables lacks is left out
+
+
 def test_the_benchmark_compares_equals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, models = make_family(tmp_path, "roberta", tasks=2)
     merged = tmp_path / "merged"
