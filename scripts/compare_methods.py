@@ -5,7 +5,8 @@ r"""The tables of docs/methods.md: every method over several seeds of fine-tunin
 
 `scores` reads what `cart-hf benchmark` wrote, one folder for each seed, and prints each row's average score and its
 share of the individual models': mean and standard deviation over the seeds. `costs` merges the models with each method
-at its defaults, in turn, each in a process of its own, and prints wall time and peak memory beside those of CART.
+at its defaults, in turn, each in a process of its own, and prints CPU time (which a busy machine changes little), its
+ratio to CART's, and peak memory.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def costs(base: Path, models: list[Path], only: Sequence[str], rounds: int) -> str:
-    """Return a Markdown table of the least wall time of ``rounds`` merges with each method, and of its peak memory."""
+    """Return a Markdown table of the least CPU time of ``rounds`` merges with each method, and of its peak memory."""
     found: dict[str, dict[str, float]] = {}
     chosen = [name for name in all_methods() if not only or name in only]
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
@@ -72,13 +73,13 @@ def costs(base: Path, models: list[Path], only: Sequence[str], rounds: int) -> s
     lines = [
         (
             all_methods()[name].title,
-            f"{cost['seconds']:.1f}",
-            f"{cost['seconds'] / one['seconds']:.1f}",
+            f"{cost['cpu_seconds']:.0f}",
+            f"{cost['cpu_seconds'] / one['cpu_seconds']:.1f}",
             f"{cost['peak_bytes'] / 1e9:.2f} GB",
         )
         for name, cost in found.items()
     ]
-    return markdown(Table(("method", "seconds", "of CART's", "peak memory"), lines))
+    return markdown(Table(("method", "CPU seconds", "of CART's", "peak memory"), lines))
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""Run a command and print its wall time and peak memory as JSON: {"seconds": 40.1, "peak_bytes": 892000000}.
+"""Run a command and print its wall time, CPU time and peak memory as JSON.
+
+    {"seconds": 40.1, "cpu_seconds": 76.2, "peak_bytes": 892000000}
 
     python scripts/measure_command.py cart-hf merge recipe.yaml out
 
@@ -59,8 +61,9 @@ def main() -> None:
     ended.set()
     watcher.join()
     unit = 1 if sys.platform == "darwin" else 1024
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
-    print(json.dumps({"seconds": seconds, "peak_bytes": max(largest, *sums)}))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu, largest = used.ru_utime + used.ru_stime, used.ru_maxrss * unit
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": max(largest, *sums)}))
     sys.exit(code)
 
 

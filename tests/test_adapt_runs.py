@@ -336,7 +336,7 @@ def test_coefficients_that_do_not_fit(world: World, tmp_path: Path, kind: str, m
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "average": ({"method": "average"}, "adapt: average has no coefficients to learn; cart, task_arithmetic, ties, consensus, dare have"),
+    "average": ({"method": "average"}, "adapt: average has no coefficients to learn; cart, task_arithmetic, ties, consensus, dare, breadcrumbs, della have"),
     "masks": ({"method": "ties", "mask_ratio": 0.3}, "adapt.mask_ratio: ties has no singular directions; it is for cart"),
     "mask ratio": ({"mask_ratio": 1.5}, "adapt.mask_ratio: input should be less than or equal to 1"),
     "factors": ({"method": "ties", "factors": "f"}, "--factors: ties decomposes nothing; leave it out"),
