@@ -12,6 +12,7 @@ from cart_hf.methods.registry import method
 if TYPE_CHECKING:
     import torch
 
+_LEAST = 1e-10  # of tr Σ: the least ε that a solution in float64 bears
 _ROUNDING = 1e-12  # of a matrix's squared norm: what float32 may leave of a zero
 
 
@@ -59,7 +60,8 @@ def ace(
 
     These are the published equations as the authors' code computes them (Var over T - 1; that code's own default for ε
     is 1e-2). Neither ε nor γ is free of the task vectors' scale. Ours: a task that changed nothing, or each row alike,
-    is left out of every sum and mean (the code divides ε by 1e-12 there, which drowns all others), and k is at least 1.
+    is left out of every sum and mean (the code divides ε by 1e-12 there, which drowns all others), k is at least 1, and ε at
+    least 1e-10 tr Σ_t: task vectors so long that ε vanishes beside them leave a sum that cannot be inverted.
     The mean of τ_t's rows is lost by step 3, so that even a single model does not quite come back.
 
     Cost for m x n matrices: O(T m n min(m, n) + T m n^2 + n^3), above the threshold O(min(m, n)^3 + m n^2) besides;
@@ -89,9 +91,10 @@ def ace(
         mean = task_vector.mean(dim=0)
         gram, cubic = gram_and_cubic(task_vector - mean)
         share = 1 / centred_squares[t] if heterogeneous else 1.0
-        ridge += epsilon * share
+        least = max(epsilon, _LEAST * centred_squares[t])
+        ridge += least * share
         moments.add_(gram, alpha=share)
-        target.add_(cubic, alpha=share).add_(task_vector - mean, alpha=epsilon * share)
+        target.add_(cubic, alpha=share).add_(task_vector - mean, alpha=least * share)
         if heterogeneous:
             total.add_(task_vector)
             matched.add_(cubic, alpha=share).add_(mean @ gram, alpha=share)

@@ -239,9 +239,10 @@ class Plan:
             small, large = sorted(group.shape)
             kept = min(first.rank or small, small)
             # the stack, the Gram matrix and its factors in float64, and all the bases and coordinates
-            grams = (3 * first.shape[1] ** 2 + 2 * elements) * 8 if self.method.calibration == "gram" else 0
+            inner = first.shape[0 if first.transposed else 1]
+            moments = 6 * inner * inner * 8 if first.role == "matrix" else 0  # as measured: ACE has the most
             return (
-                grams
+                moments
                 + models * elements * size
                 + (4 * small * small + large * small) * 8
                 + models * kept * (small + large) * size
