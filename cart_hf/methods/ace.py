@@ -60,9 +60,9 @@ def ace(
 
     These are the published equations as the authors' code computes them (Var over T - 1; that code's own default for ε
     is 1e-2). Neither ε nor γ is free of the task vectors' scale. Ours: a task that changed nothing, or each row alike,
-    is left out of every sum and mean (the code divides ε by 1e-12 there, which drowns all others), k is at least 1, and ε at
-    least 1e-10 tr Σ_t: task vectors so long that ε vanishes beside them leave a sum that cannot be inverted.
-    The mean of τ_t's rows is lost by step 3, so that even a single model does not quite come back.
+    is left out of every sum and mean (the code divides ε by 1e-12 there, which drowns all others), k is at least 1, and
+    ε at least 1e-10 tr Σ_t: beside longer task vectors it would vanish, and leave a sum that cannot be inverted. The
+    mean of τ_t's rows is lost by step 3, so that even a single model does not quite come back.
 
     Cost for m x n matrices: O(T m n min(m, n) + T m n^2 + n^3), above the threshold O(min(m, n)^3 + m n^2) besides;
     memory beside the models: four matrices n x n and six m x n.
