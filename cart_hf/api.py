@@ -158,7 +158,6 @@ def merge(
     statistics = calibrated(job.plan, processes, progress)
     if statistics is not None:
         seconds["calibrate"] = time.perf_counter() - started
-    if statistics is not None:
         state = replace(state, settings={**state.settings, "calibrated on": statistics.digest})
     check_alike(processes.gather(state))
     with processes.entered_by_main(lambda: merge_folder(target, state, overwrite=overwrite, resume=resume)) as folder:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cart_hf.api import plan_merge, resolved_target
+from cart_hf.api import plan_merge
 from cart_hf.compression.emr import Sums, mask, unify
 from cart_hf.compression.masks import (
     MASKS_FOLDER,
@@ -24,11 +24,12 @@ from cart_hf.compression.masks import (
     whole,
 )
 from cart_hf.compression.record import write_masked_record
+from cart_hf.compression.request import begin
 from cart_hf.errors import UserError, telling
 from cart_hf.merging import default_workers
 from cart_hf.merging.reading import BLOCK, cast, read_block, sources_of
 from cart_hf.merging.slices import merge_chunk
-from cart_hf.output import WorkFolder, check_target
+from cart_hf.output import WorkFolder
 from cart_hf.output.folder import check_inputs, check_space, write_folder
 from cart_hf.output.journal import Journal
 from cart_hf.output.record import RECIPE_FILE, resolved_recipe
@@ -37,7 +38,6 @@ from cart_hf.output.writer import WeightWriter, allocate
 from cart_hf.parallel import Progress, in_parallel, one_blas_thread
 from cart_hf.plan import Plan, PlannedTensor, lay_out
 from cart_hf.plan.model import CHUNK
-from cart_hf.processes import join
 from cart_hf.recipe import Recipe
 from cart_hf.sources import fetch_weights
 
@@ -93,13 +93,7 @@ def make_masked(
     :param output, device, workers, overwrite, progress: as for :func:`cart_hf.compress`.
     :raises UserError: when the recipe or an input is wrong; nothing is then left at ``output``.
     """
-    target = resolved_target(output)
-    check_target(target, overwrite=overwrite)
-    if workers is not None and workers < 1:
-        raise UserError(f"workers: must be at least 1, not {workers}")
-    processes = join(device)
-    if processes.count > 1:
-        raise UserError("compress runs as one process (it uses every core): start it without a launcher")
+    target, processes = begin(output, device=device, workers=workers, overwrite=overwrite)
     started = time.perf_counter()
     plan = plan_masked(recipe, progress)
     check_inputs(target, plan)

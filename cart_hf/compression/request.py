@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from cart_hf.api import resolved_target
 from cart_hf.errors import UserError
+from cart_hf.output import check_target
+from cart_hf.processes import Processes, join
 from cart_hf.recipe import Compression, Recipe, recipe_from_flags, refuse_flags
 from cart_hf.recipe.compression import Centre
 
@@ -25,6 +29,21 @@ def centre_of(recipe: Recipe) -> Centre:
 def writes_centre(recipe: Recipe) -> bool:
     """Whether what the adapters are added to is written beside them, with every task's head."""
     return len(recipe.models) > 1 and (centre_of(recipe) == "average" or making_of(recipe).form == "tsv_c")
+
+
+def begin(output: str | Path, *, device: str, workers: int | None, overwrite: bool) -> tuple[Path, Processes]:
+    """Return the output's path and this process, before any work.
+
+    :raises UserError: when the output, the number of workers or of processes is not as it must be.
+    """
+    target = resolved_target(output)
+    check_target(target, overwrite=overwrite)
+    if workers is not None and workers < 1:
+        raise UserError(f"workers: must be at least 1, not {workers}")
+    processes = join(device)
+    if processes.count > 1:
+        raise UserError("compress runs as one process (it uses every core): start it without a launcher")
+    return target, processes
 
 
 def request(recipe: Recipe | None, settings: Mapping[str, Any], making: Mapping[str, Any]) -> Recipe:

@@ -17,19 +17,19 @@ from cart_hf.compression.decompose import Ranks, decomposer, factors_of, ranks_a
 from cart_hf.compression.masked import Masked, make_masked
 from cart_hf.compression.outline import Outline, outline_adapters
 from cart_hf.compression.record import sources_in, write_record
-from cart_hf.compression.request import centre_of, making_of, request, writes_centre
+from cart_hf.compression.request import begin, centre_of, making_of, request, writes_centre
 from cart_hf.errors import UserError, telling
 from cart_hf.factors import FactorStore, open_store
 from cart_hf.merging import default_workers
 from cart_hf.methods import get_method
-from cart_hf.output import WorkFolder, check_target
+from cart_hf.output import WorkFolder
 from cart_hf.output.folder import check_inputs
 from cart_hf.output.record import ADAPTATION_FOLDER, ADAPTERS_FOLDER, RECIPE_FILE, resolved_recipe, sources_of
 from cart_hf.output.unfinished import cannot_write
 from cart_hf.parallel import Progress
 from cart_hf.plan import Plan
 from cart_hf.plan.checks import TWO_MODELS
-from cart_hf.processes import Processes, join
+from cart_hf.processes import Processes
 from cart_hf.publishing.card import write_card
 from cart_hf.recipe import Recipe, Reference
 from cart_hf.sources import fetch_weights, open_checkpoint
@@ -175,13 +175,7 @@ def make(
     :param title: what the cards call the output; default: as its folder is called.
     :raises UserError: when the recipe or an input is wrong; nothing is then left at ``output``.
     """
-    target = resolved_target(output)
-    check_target(target, overwrite=overwrite)
-    if workers is not None and workers < 1:
-        raise UserError(f"workers: must be at least 1, not {workers}")
-    processes = join(device)
-    if processes.count > 1:
-        raise UserError("compress runs as one process (it uses every core): start it without a launcher")
+    target, processes = begin(output, device=device, workers=workers, overwrite=overwrite)
     started = time.perf_counter()
     plan, outlines = plan_compression(recipe, progress)
     check_inputs(target, plan)

@@ -129,7 +129,7 @@ class FactorStore:
     def _metadata(self, plan: Plan, group: Group) -> dict[str, str]:
         """Return what people want to know of a file, and what was done to the inputs."""
         first = group.tensors[0]
-        weight = first.parameters.get("weight", [1.0] * len(first.inputs))
+        weight = first.weights
         return {
             "format": _FORMAT,
             "tensors": json.dumps([tensor.name for tensor in group.tensors]),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from cart_hf.linalg.gram import DecompositionError
+from cart_hf.linalg.gram import DecompositionError, widened
 from cart_hf.linalg.low_rank import Factors
 
 _ROUNDED = torch.finfo(torch.float32).eps  # in which models are stored, whatever the arithmetic's type
@@ -60,7 +60,7 @@ def directions(matrix: torch.Tensor, floor: float = 0.0) -> Directions:
 def eigenvectors(gram: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
     """Return the eigenvectors of a Gram matrix whose singular values, the roots of its eigenvalues, exceed ``floor``.
 
-    :param gram: shape (n, n), as :func:`widened` is; overwritten.
+    :param gram: shape (n, n), as :func:`cart_hf.linalg.gram.widened` is; overwritten.
     :return: shape (n, k), the longest first, see :func:`directions`.
     """
     trace = float(gram.trace())
@@ -125,8 +125,3 @@ def rounding(base: torch.Tensor, models: int = 1) -> float:
     """
     rows, columns = (torch.linalg.vector_norm(base, dim=dim).max() for dim in (1, 0))
     return 0.5 * _ROUNDED * float(rows + columns) * math.sqrt(models)
-
-
-def widened(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the matrix in float64, or in float32 on Apple's MPS, which has no float64."""
-    return matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)

@@ -168,8 +168,7 @@ def _solve_lapack(matrix: torch.Tensor, rank: int | None, energy: float | None) 
 
 
 def _solve_torch(matrix: torch.Tensor, rank: int | None, energy: float | None) -> Solution | None:
-    # Apple's MPS has no float64: its result is less exact, and checked against a wider tolerance
-    wide = matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
+    wide = widened(matrix)  # on MPS the result is less exact, and checked against a wider tolerance
     product = wide.T @ wide
     trace = _finite(float(product.trace()))
     if trace == 0.0:
@@ -180,6 +179,11 @@ def _solve_torch(matrix: torch.Tensor, rank: int | None, energy: float | None) -
         raise DecompositionError(str(failure)) from failure
     k = rank if rank is not None else rank_for_energy(values.double().cpu().numpy(), energy or 1.0)
     return values[-k:], vectors[:, -k:].T.contiguous(), trace
+
+
+def widened(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the matrix in float64, or in float32 on Apple's MPS, which has no float64."""
+    return matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
 
 
 def _dense(matrix: torch.Tensor) -> torch.Tensor:

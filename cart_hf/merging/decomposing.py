@@ -78,14 +78,14 @@ def decompose(
     from cart_hf.factors.store import Centred
     from cart_hf.methods.cart import centred_factors
 
-    parameters, inputs = group.tensors[0].parameters, group.tensors[0].inputs
-    weight, solver = parameters.get("weight", [1.0] * len(inputs)), parameters.get("solver", "fast")
+    first = group.tensors[0]
     thin = find_thin(plan, group, centre)
     if thin is not None:
         return factorize(plan, group, thin, device, rank, energy, centre)
     models = read_group(plan, group, device)
     around = read_base(plan, group, device) if centre == "base" else None
-    return Centred(*centred_factors(models, weight, rank=rank, energy=energy, solver=solver, centre=around))
+    solver = first.parameters.get("solver", "fast")
+    return Centred(*centred_factors(models, first.weights, rank=rank, energy=energy, solver=solver, centre=around))
 
 
 def factorize(
@@ -104,5 +104,5 @@ def factorize(
     base = thin.read_base(arithmetic(plan)).to(device)
     i, name = tensor.inputs[0]
     refuse_broken(base, plan.models[i], name)
-    weight = tensor.parameters.get("weight", [1.0] * len(tensor.inputs)) if centre == "average" else None
+    weight = tensor.weights if centre == "average" else None
     return Centred(*factorize_thin(thin, base, weight, rank=rank, energy=energy))

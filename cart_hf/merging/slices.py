@@ -72,7 +72,7 @@ def _merged_blocks(
     learnt = plan.learnt(Group((tensor,)))
     if tensor.role == "average" and learnt is None:
         normalize = arguments.get("normalize", True) if method.name == "average" else True
-        arguments = {"weight": arguments.get("weight", [1.0] * len(tensor.inputs)), "normalize": normalize}
+        arguments = {"weight": tensor.weights, "normalize": normalize}
         method = get_method("average")
     # a matrix that is wrapped is scaled after that
     scale = 1.0 if tensor.wrapped else known.scales.get(tensor.name, 1.0)

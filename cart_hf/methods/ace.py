@@ -74,7 +74,8 @@ def ace(
     import torch
 
     from cart_hf.linalg.cubic import gram_and_cubic
-    from cart_hf.linalg.directions import directions, widened
+    from cart_hf.linalg.directions import directions
+    from cart_hf.linalg.gram import widened
 
     squares, centred_squares = _squared_norms(models.sub_(base))
     changed = [t for t, square in enumerate(squares) if centred_squares[t] > _ROUNDING * square]
@@ -113,7 +114,7 @@ def ace(
 
 def _squared_norms(task_vectors: torch.Tensor) -> tuple[list[float], list[float]]:
     """Return ``||τ_t||^2``, and what is left of it without the mean of its rows, ``tr Σ_t``."""
-    from cart_hf.linalg.directions import widened
+    from cart_hf.linalg.gram import widened
 
     pairs = []
     for task_vector in map(widened, task_vectors):

@@ -9,7 +9,7 @@ from cart_hf.methods.linear import Linear, combine
 from cart_hf.methods.parameters import WEIGHT, Parameter
 from cart_hf.methods.registry import method
 from cart_hf.methods.task_arithmetic import NORMALIZE, SCALE
-from cart_hf.methods.ties import agreeing, coefficients
+from cart_hf.methods.ties import agreed, coefficients
 
 if TYPE_CHECKING:
     import torch
@@ -36,12 +36,8 @@ def mixed(
     :param task_vectors: thinned already, shape (T, ...); overwritten.
     :param normalize: divide by the weights' sum: all of them, or those of the models that agree on an entry.
     """
-    if elect_signs:  # as in TIES, with nothing left to trim or to subtract
-        nothing = base.new_zeros(base.shape)
-        _, terms = agreeing(
-            models=task_vectors, base=nothing, thresholds=[0.0] * len(weight), weight=weight, normalize=normalize
-        )
-        return base, terms
+    if elect_signs:
+        return base, agreed(task_vectors, weight, normalize=normalize)
     total = sum(weight) if normalize else 1.0
     for task_vector, w in zip(task_vectors, weight, strict=True):
         task_vector.mul_(w / total)

@@ -76,7 +76,8 @@ def knots(
     """
     import torch
 
-    from cart_hf.linalg.directions import directions, eigenvectors, rounding, widened
+    from cart_hf.linalg.directions import directions, eigenvectors, rounding
+    from cart_hf.linalg.gram import widened
 
     floor = rounding(base, len(models))
     models.sub_(base)

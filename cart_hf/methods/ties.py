@@ -28,14 +28,23 @@ def agreeing(
 
     With ``normalize`` each entry is divided by the weight of all that agree, so that their sum is the disjoint mean.
     """
-    sign = _trimmed_sign(models.sub_(base), thresholds, weight)
-    mass = base.new_zeros(base.shape)
-    for task_vector, w in zip(models, weight, strict=True):
+    return base, agreed(trimmed(models.sub_(base), thresholds), weight, normalize=normalize)
+
+
+def agreed(task_vectors: torch.Tensor, weight: Sequence[float], *, normalize: bool) -> torch.Tensor:
+    """Return task vectors times their weights where they agree with the sign that is elected for the entry.
+
+    :param task_vectors: trimmed, shape (T, ...); overwritten.
+    :param normalize: divide each entry by the weight of all that agree.
+    """
+    sign = _elected_sign(task_vectors, weight)
+    mass = sign.new_zeros(sign.shape)
+    for task_vector, w in zip(task_vectors, weight, strict=True):
         mass.add_(task_vector.mul_(sign).clamp_(min=0.0).sign(), alpha=w)
         task_vector.mul_(w)
     if normalize:
-        models.div_(mass.add_(mass.clone().eq_(0.0)))
-    return base, models.mul_(sign)
+        task_vectors.div_(mass.add_(mass.clone().eq_(0.0)))
+    return task_vectors.mul_(sign)
 
 
 def coefficients(*, scale: float, weight: Sequence[float], **_: Any) -> list[float]:
@@ -43,11 +52,18 @@ def coefficients(*, scale: float, weight: Sequence[float], **_: Any) -> list[flo
     return [scale] * len(weight)
 
 
-def _trimmed_sign(task_vectors: torch.Tensor, thresholds: Sequence[float], weight: Sequence[float]) -> torch.Tensor:
-    """Trim the task vectors in place, and return the sign that is elected for each entry."""
-    elected, mask = (task_vectors.new_zeros(task_vectors.shape[1:]) for _ in range(2))
-    for task_vector, threshold, w in zip(task_vectors, thresholds, weight, strict=True):
+def trimmed(task_vectors: torch.Tensor, thresholds: Sequence[float]) -> torch.Tensor:
+    """Return task vectors, which are overwritten, without the entries that are smaller than their thresholds."""
+    mask = task_vectors.new_zeros(task_vectors.shape[1:])
+    for task_vector, threshold in zip(task_vectors, thresholds, strict=True):
         task_vector.mul_(mask.copy_(task_vector).abs_().ge_(threshold))
+    return task_vectors
+
+
+def _elected_sign(task_vectors: torch.Tensor, weight: Sequence[float]) -> torch.Tensor:
+    """Return the sign that is elected for each entry."""
+    elected = task_vectors.new_zeros(task_vectors.shape[1:])
+    for task_vector, w in zip(task_vectors, weight, strict=True):
         elected.add_(task_vector, alpha=w)
     return elected.ge_(0.0).mul_(2.0).sub_(1.0)
 
@@ -107,7 +123,7 @@ def ties(
     :param base: shape (...).
     :param thresholds: T magnitudes; over the whole model (the paper) or this tensor (``per_tensor``).
     """
-    sign = _trimmed_sign(models.sub_(base), thresholds, weight)
+    sign = _elected_sign(trimmed(models.sub_(base), thresholds), weight)
     total, mass = base.new_zeros(base.shape), base.new_zeros(base.shape)
     for task_vector, w in zip(models, weight, strict=True):
         agreeing = task_vector.mul_(sign).clamp_(min=0.0)  # the magnitude where the sign is the elected one

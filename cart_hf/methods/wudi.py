@@ -83,7 +83,7 @@ def wudi(
 def _normal_equation(task_vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return G (n, n), H (m, n) and the sum of the task vectors, in float64."""
     from cart_hf.linalg.cubic import gram_and_cubic
-    from cart_hf.linalg.directions import widened
+    from cart_hf.linalg.gram import widened
 
     start = widened(task_vectors[0]).clone().zero_()
     target, curvature = start.clone(), start.new_zeros(start.shape[1], start.shape[1])

@@ -77,6 +77,12 @@ class PlannedTensor:
         return self.role in WHOLE
 
     @property
+    def weights(self) -> list[float]:
+        """The models' weights, in the order of the inputs; equal ones where the method takes none."""
+        given: list[float] = self.parameters.get("weight", [1.0] * len(self.inputs))
+        return given
+
+    @property
     def has_update(self) -> bool:
         """Whether there is a base that the merged tensor differs from, by more than a copy does."""
         return self.role != "base" and self.base_input is not None

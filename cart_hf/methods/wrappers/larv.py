@@ -44,7 +44,7 @@ def measure(*, base: torch.Tensor, models: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    from cart_hf.linalg.directions import widened
+    from cart_hf.linalg.gram import widened
 
     update = widened(models[0]) * 0.0
     for model in models:
